@@ -1,0 +1,1 @@
+"""One file for each task, started by `accelerate launch recipes/TASK.py`."""

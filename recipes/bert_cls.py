@@ -1,0 +1,70 @@
+"""Fine-tune an encoder to put texts into classes.
+
+accelerate launch recipes/bert_cls.py
+accelerate launch recipes/bert_cls.py --data.name reviews.csv --data.text review --data.label stars
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from toolkit.config import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    RunConfig,
+    StrategyConfig,
+    TextDataConfig,
+    TrainConfig,
+)
+from toolkit.data import text_classification
+from toolkit.data.summary import majority, plan_rows, report_facts
+from toolkit.engine import train_step
+from toolkit.models import load_classifier, load_tokenizer
+from toolkit.session import Session, start
+from toolkit.tasks import Classification
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of this recipe."""
+
+    model: ModelConfig = ModelConfig()
+    data: TextDataConfig = TextDataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    precision: Precision = "auto"
+    """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
+    strategy: StrategyConfig = StrategyConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+
+
+def main(config: Config) -> None:
+    """The whole run."""
+    with Session("bert_cls", config) as session:
+        tokenizer = load_tokenizer(config.model)
+        data = text_classification(config.data, tokenizer)
+        model = load_classifier(config.model, data.labels, seed=config.run.seed)
+        task = Classification(data.labels, tokenizer, config.train.label_smoothing)
+
+        train, validation, test = session.loaders(task, data.train, data.validation, data.test)
+        plan = {"model": {"name": config.model.name}, "data": plan_rows(data, config.data.max_length)}
+        session.setup(model, data_fingerprint=data.fingerprint, plan=plan)
+        session.describe(labels=data.labels, data=report_facts(data, config.data.max_length))
+        session.console.label_balance(data.facts["samples"])
+
+        before = session.evaluate(test, "test before training")
+        for step in session.steps(train):
+            learning_rate = session.schedule(step.number)
+            result = train_step(session.strategy, task, step, learning_rate=learning_rate, seed=config.run.seed)
+            session.log(step, result)
+            if session.evaluation_due(step):
+                session.log_evaluation(step, session.evaluate(validation, "validation"))
+        after = session.evaluate(test, "test")
+        session.finish(before=before, test=after, majority=majority(data), save=tokenizer)
+
+
+if __name__ == "__main__":
+    start(main, Config, __doc__ or "")

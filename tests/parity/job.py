@@ -1,0 +1,150 @@
+"""A small but real training job that runs under any strategy, and says what each rank did."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from toolkit.config import OptimConfig, StrategyConfig
+from toolkit.data.loader import Loader, batch_shape
+from toolkit.engine import evaluate, train_step
+from toolkit.optim import adamw, build_schedule
+from toolkit.precision import Precision
+from toolkit.strategies import choose_strategy
+from toolkit.tasks import Batch, Classification
+from toolkit.world import world
+
+CLASSES = 3
+SAMPLES = 43  # with a global batch of 12, the epoch ends on a ragged step of 7, and that on unequal ranks
+GLOBAL_BATCH = 12
+STEPS = 9
+
+
+@dataclass(frozen=True)
+class Job:
+    strategy: str = "single"
+    options: dict[str, Any] = field(default_factory=dict)
+    accumulate: int = 1
+    precision: str = "fp32"
+    dropout: float = 0.0
+    steps: int = STEPS
+    lr: float = 1e-3
+    max_grad_norm: float | None = 1.0
+    frozen: str = ""
+
+
+@dataclass
+class Outcome:
+    """What one rank saw."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    applied: list[bool]
+    scales: list[float | None]
+    units: list[int]
+    seen: list[list[int]]
+    evaluation: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    effective: dict[str, Any]
+    parameter_types: set[str]
+
+
+def tiny_bert(dropout: float = 0.0, classes: int = CLASSES) -> BertForSequenceClassification:
+    torch.manual_seed(7)
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=100,
+        max_position_embeddings=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=classes,
+    )
+    return BertForSequenceClassification(config)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, 100)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@functools.cache
+def tiny_data() -> Dataset:
+    generator = np.random.default_rng(3)
+    labels = generator.integers(0, CLASSES, SAMPLES)
+    lengths = generator.integers(4, 20, SAMPLES)
+    rows = [
+        [int(token) for token in generator.integers(2 + 30 * label, 34 + 30 * label, length)]
+        for label, length in zip(labels, lengths, strict=True)
+    ]
+    return Dataset.from_dict(
+        {"input_ids": rows, "label": labels.tolist(), "length": lengths.tolist(), "id": [1000 + i for i in range(SAMPLES)]}
+    )
+
+
+class Recording(Classification):
+    """Classification that notes which samples this rank really computed a loss for."""
+
+    def __init__(self) -> None:
+        super().__init__([f"class {i}" for i in range(CLASSES)], tiny_tokenizer())
+        self.seen: list[list[int]] = []
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        self.seen[-1].extend(batch.ids)
+        return super().loss(outputs, batch)
+
+
+def train(job: Job) -> Outcome:
+    """Run `job` on this rank of the world that the environment describes."""
+    w = world()
+    w.connect()
+    shape = batch_shape(GLOBAL_BATCH, GLOBAL_BATCH // w.size // job.accumulate, w.size)
+    assert shape.accumulation == job.accumulate
+    strategy = choose_strategy(
+        StrategyConfig(name=job.strategy, **job.options),  # type: ignore[arg-type]
+        world=w,
+        precision=Precision(job.precision),
+        shape=shape,
+        max_grad_norm=job.max_grad_norm,
+    )
+    model = tiny_bert(job.dropout)
+    for name, parameter in model.named_parameters():
+        if job.frozen and name.startswith(job.frozen):
+            parameter.requires_grad_(False)
+    optim = OptimConfig(lr=job.lr, schedule="cosine", warmup_steps=2)
+    strategy.setup(model, lambda wrapped: adamw(wrapped, optim))
+    del model
+    schedule = build_schedule(optim, job.steps)
+    task, data = Recording(), tiny_data()
+    loader = Loader(data, task.collate, shape, rank=w.rank, seed=5)
+    results = []
+    for step in loader.steps(job.steps):
+        task.seen.append([])
+        results.append(train_step(strategy, task, step, learning_rate=schedule(step.number), seed=5))
+    evaluation = evaluate(strategy, task, Loader(data, task.collate, shape, rank=w.rank))
+    outcome = Outcome(
+        losses=[r.loss for r in results],
+        grad_norms=[r.grad_norm for r in results],
+        applied=[r.applied for r in results],
+        scales=[r.loss_scale for r in results],
+        units=[r.units for r in results],
+        seen=task.seen,
+        evaluation=evaluation,
+        weights={name: tensor.numpy() for name, tensor in strategy.weights().items()},
+        effective=strategy.effective(),
+        parameter_types={type(p).__name__ for p in strategy.module.parameters()},
+    )
+    strategy.teardown()
+    w.close()
+    return outcome

@@ -1,0 +1,314 @@
+"""Settings: frozen dataclasses, filled from a YAML file and then from the command line.
+
+`parse(Config)` is the only entrance. The order of precedence is: default of the dataclass, then the file
+named by `--config`, then the command line. An unknown key, a wrong type or a value out of range is a
+`ConfigError` that names the key, in whichever of the two it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from toolkit.errors import ConfigError, nearest
+
+Config = TypeVar("Config")
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network to start from."""
+
+    name: str = "sample:minilm"
+    """`sample:NAME` (weights that ship inside a package), a local folder, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds the network from its configuration alone, without the weights."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Overrides every dropout probability of the network. 0 makes runs comparable across world sizes."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions; a parameter whose name one of them matches (anywhere) is not trained."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+@dataclass(frozen=True)
+class TextDataConfig:
+    """Labelled texts: where they are, how they are split and cut into tokens."""
+
+    name: str = "sample:bbc-news"
+    """`sample:NAME`, a file, folder or glob (CSV, TSV, JSONL, Parquet, a folder of text files per class), or a
+    hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    text: str = "text"
+    """Column that holds the text."""
+    label: str = "label"
+    """Column that holds the class, as a word or a number."""
+    validation: str | None = None
+    """File, folder or glob with the validation split. Without it a share of the training data is taken."""
+    test: str | None = None
+    """File, folder or glob with the test split. Without it a share of the training data is taken."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the samples held out for validation where no validation split is given."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the samples held out for the test where no test split is given."""
+    train_samples: Annotated[int, Field(gt=0)] | None = None
+    """Use at most so many training samples (stratified)."""
+    validation_samples: Annotated[int, Field(gt=0)] | None = None
+    """Use at most so many validation samples (stratified)."""
+    test_samples: Annotated[int, Field(gt=0)] | None = None
+    """Use at most so many test samples (stratified)."""
+    split_seed: int = 0
+    """Seed of the splits, apart from the run's seed, so that runs with other seeds are tested alike."""
+    deduplicate: bool = True
+    """Drop repeated texts, and texts that stand under two labels, before the split."""
+    max_length: Annotated[int, Field(ge=3)] = 64
+    """Longest sample in tokens; the rest of a text is cut off."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that collate batches beside the training process; 0 collates in it."""
+    tokenize_processes: Annotated[int, Field(gt=0)] | None = None
+    """Processes that cut texts into tokens; by default one for each core, at most 8."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and in what batches."""
+
+    epochs: Annotated[float, Field(gt=0)] = 2.0
+    """Passes over the training split; a part of one may be asked for. `steps` overrides it."""
+    steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps; where it is given, it decides and `epochs` does not."""
+    global_batch: Annotated[int, Field(gt=0)] = 32
+    """Samples of one optimizer step, over all ranks: the same curve on any number of processes."""
+    micro_batch: Annotated[int, Field(gt=0)] | None = None
+    """Samples of one forward pass on one rank. By default the largest divisor of its share, 32 at most.
+    Accumulation follows: global_batch / (micro_batch × processes)."""
+    eval_batch: Annotated[int, Field(gt=0)] = 64
+    """Samples of one forward pass on one rank in evaluation."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the gradient to this global norm; `None` does not clip."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread over all classes in the training loss."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and the learning-rate schedule, which counts optimizer steps."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Term added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay; biases and norms are left out of it."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """Shape after the warm-up: linear or cosine to `final_share`, constant, or warm-up–stable–decay."""
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of all steps over which the rate rises linearly from 0. `warmup_steps` overrides it."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which the rate rises; where it is given, it decides and `warmup_share` does not."""
+    final_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Learning rate at the last step as a share of the peak (default 0); not for `constant`."""
+    decay_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of all steps over which `wsd` decays (default 0.2); for `wsd` only."""
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """How the model, the gradients and the optimizer's state are laid over the ranks."""
+
+    name: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+    """`auto` takes what `accelerate launch` asked for: FSDP2, a ZeRO stage, else DDP on several processes."""
+    reshard_after_forward: bool | None = None
+    """FSDP: free the gathered parameters between forward and backward (default yes; no = more memory, less traffic)."""
+    shard_size: Annotated[int, Field(ge=2)] | None = None
+    """FSDP: ranks that hold one copy of the model between them; the others replicate it (hybrid sharding)."""
+    wrap: tuple[str, ...] = ()
+    """FSDP: class names of the blocks that are sharded one by one. By default the model's repeated blocks."""
+    offload: Literal["none", "optimizer", "parameters"] | None = None
+    """Keep the optimizer's state (ZeRO), or the parameters and it (ZeRO-3, FSDP), in CPU memory. Needs GPUs."""
+    deepspeed: Path | None = None
+    """ZeRO: a DeepSpeed JSON of your own. What this recipe decides must be "auto" there, or agree."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of the model."""
+
+    save_model: bool = True
+    """Write the trained model to `model/` in the run's folder (Hugging Face layout)."""
+    max_shard_size: str = "5GB"
+    """Largest weight file."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run's folder, seed and reporting."""
+
+    dir: Path | None = None
+    """Folder of the run. By default `runs/RECIPE/NAME`."""
+    name: str | None = None
+    """Name of the run. By default the next free number."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the order of the samples, of new layers and of dropout."""
+    log_every: Annotated[int, Field(gt=0)] = 10
+    """Steps between two lines on a screen that is not a terminal, and between two points in the trackers."""
+    eval_every: Annotated[int, Field(gt=0)] | None = None
+    """Steps between two evaluations on the validation split. By default once an epoch."""
+    early_stopping: Annotated[int, Field(gt=0)] | None = None
+    """Stop after so many evaluations in a row without a lower validation loss."""
+    trackers: tuple[str, ...] = ()
+    """Trackers of accelerate to log to: `tensorboard`."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def parse(
+    config_class: type[Config], argv: Sequence[str] | None = None, *, description: str = "", quiet: bool = False
+) -> Config:
+    """The settings of a recipe: defaults, then `--config FILE`, then the command line.
+
+    Args:
+        config_class: a frozen dataclass whose fields are sections (frozen dataclasses) or plain values.
+        argv: the command line without the program's name; `sys.argv[1:]` by default.
+        description: what `--help` says first.
+        quiet: print nothing (for ranks other than the first); errors are raised or exit all the same.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range.
+        SystemExit: after `--help` or `--print-config` (code 0); after an error that the command line's parser
+            has explained (code 2).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    path = _take_option(arguments, "--config")
+    print_config = _take_flag(arguments, "--print-config")
+    default = from_yaml(config_class, Path(path)) if path else config_class()
+    config = tyro.cli(
+        config_class,
+        args=arguments,
+        default=default,
+        description=_help(description),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        use_underscores=True,
+        console_outputs=not quiet,
+    )
+    config = validate(config_class, dataclasses.asdict(config), "the command line")  # type: ignore[call-overload]
+    if print_config:
+        if not quiet:
+            print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def from_yaml(config_class: type[Config], path: Path) -> Config:
+    """The settings in a YAML file, laid over the defaults of `config_class`."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}", "Name a YAML file that is there.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must hold a mapping of sections, not a {type(content).__name__}")
+    values = dataclasses.asdict(config_class())  # type: ignore[call-overload]
+    _lay_over(values, content, (), str(path))
+    return validate(config_class, values, str(path))
+
+
+def validate(config_class: type[Config], values: dict[str, Any], where: str) -> Config:
+    """`values` as a `config_class`; a wrong type or a value out of range is a `ConfigError` that names `where`."""
+    try:
+        return TypeAdapter(config_class).validate_python(values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            # Pydantic names the branch of a union behind the key ("int", "constrained-int"): keep the key alone.
+            key = ".".join(str(part) for part in item["loc"] if _is_key(config_class, item["loc"], part))
+            lines.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}")
+        raise ConfigError(f"in {where}: " + "; ".join(dict.fromkeys(lines)), "See --help for each key.") from error
+
+
+def to_yaml(config: Any) -> str:
+    """The settings as YAML that `--config` reads back to the same object."""
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+
+
+def plain(config: Any) -> Any:
+    """The settings as mappings, lists, strings and numbers."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def _lay_over(values: dict[str, Any], content: dict[Any, Any], parents: tuple[str, ...], where: str) -> None:
+    for key, value in content.items():
+        name = ".".join((*parents, str(key)))
+        if key not in values:
+            raise ConfigError(
+                f"unknown key '{name}' in {where}.{nearest(str(key), values)}", f"Keys there: {', '.join(values)}."
+            )
+        if isinstance(values[key], dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"'{name}' in {where} is a section and takes a mapping, not {value!r}")
+            _lay_over(values[key], value, (*parents, str(key)), where)
+        else:
+            values[key] = value
+
+
+def _is_key(config_class: type, location: tuple[Any, ...], part: Any) -> bool:
+    fields: Any = config_class
+    for step in location:
+        names = {f.name: f.type for f in dataclasses.fields(fields)} if dataclasses.is_dataclass(fields) else {}
+        if step not in names:
+            return False
+        if step == part:
+            return True
+        fields = _section(config_class, step)
+    return False
+
+
+def _section(config_class: type, name: str) -> Any:
+    default = next((f.default for f in dataclasses.fields(config_class) if f.name == name), None)  # type: ignore[arg-type]
+    return type(default)
+
+
+def _take_option(arguments: list[str], option: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == option:
+            if index + 1 == len(arguments):
+                raise ConfigError(f"{option} needs a file")
+            value = arguments[index + 1]
+            del arguments[index : index + 2]
+            return value
+        if argument.startswith(option + "="):
+            del arguments[index]
+            return argument.removeprefix(option + "=")
+    return None
+
+
+def _take_flag(arguments: list[str], flag: str) -> bool:
+    present = flag in arguments
+    if present:
+        arguments.remove(flag)
+    return present
+
+
+def _help(description: str) -> str:
+    return (
+        f"{description.strip()}\n\n--config FILE reads settings from YAML before the options here; "
+        "--print-config shows the resolved settings and stops."
+    )

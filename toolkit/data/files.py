@@ -1,0 +1,365 @@
+"""Reading files of labelled texts: `datasets` reads them, this module says what is wrong with those it cannot.
+
+Two faults it would not notice are looked for beforehand: a CSV line with too few fields (filled up in silence)
+and one more field in every line than in the header (the first column then becomes an index, and all others shift).
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+
+from toolkit.data.mapping import quiet
+from toolkit.errors import DataError, ToolkitError, nearest
+
+Kind = Literal["csv", "tsv", "jsonl", "json", "parquet", "text"]
+
+_KINDS: dict[str, Kind] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+_BYTES_FOR_A_BAR = 100_000_000
+
+
+Role = Literal["train", "validation", "test"]
+ROLES: tuple[Role, ...] = ("train", "validation", "test")
+ROLE_OF_WORD: dict[str, Role] = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+"""How splits are called, in names of files and on the hub."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The files of one split, all of one kind.
+
+    Attributes:
+        kind: how they are read.
+        files: in the order of their names.
+        classes: for text files only, the class of each; otherwise empty.
+    """
+
+    kind: Kind
+    files: tuple[Path, ...]
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts and labels as they were found.
+
+    Attributes:
+        texts: one column, `text`: string or null.
+        labels: strings or nulls, as many.
+        begins: for messages, (first row, name) of each file among these rows.
+    """
+
+    texts: Dataset
+    labels: pa.ChunkedArray
+    begins: tuple[tuple[int, str], ...]
+
+
+def kind_of(path: Path) -> Kind | None:
+    """The kind of a data file by its name, without regard to `.gz`; None for one that is no data file."""
+    suffix, zipped = path.suffix.lower(), False
+    if suffix == ".gz":
+        suffix, zipped = Path(path.stem).suffix.lower(), True
+    kind = _KINDS.get(suffix)
+    return None if zipped and kind == "parquet" else kind
+
+
+def read_part(part: Part, text: str, label: str, scratch: Path) -> Iterator[Labelled]:
+    """The files of a split, one after the other (text files all at once).
+
+    Args:
+        part: which files.
+        text: column of the texts.
+        label: column of the labels.
+        scratch: folder for the Arrow files behind the result.
+
+    Raises:
+        DataError: a file is empty, malformed, not UTF-8 or lacks a column.
+    """
+    if part.kind == "text":
+        yield _read_text_files(part, scratch)
+        return
+    for file in part.files:
+        if file.stat().st_size == 0:
+            raise _empty(file)
+        with quiet(bars=file.stat().st_size >= _BYTES_FOR_A_BAR):
+            table = _read_table(part.kind, file, text, label, scratch)
+            check_columns(table.column_names, text, label, str(file))
+            try:
+                # The readers of JSON and Parquet take any bytes for text, and it would come out much later.
+                table.select_columns([text, label]).data.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise _diagnosis(file, part.kind, error) from error
+            yield labelled(table, text, label, str(file))
+
+
+def labelled(table: Dataset, text: str, label: str, where: str) -> Labelled:
+    """Take the two columns out of a table and bring them to strings.
+
+    A `ClassLabel` gives its names; its −1 is a missing label.
+
+    Raises:
+        DataError: a column is missing or holds neither words nor numbers.
+    """
+    check_columns(table.column_names, text, label, where)
+    for column in (text, label):
+        _check_scalar(table, column, where)
+    texts = table.select_columns([text])
+    if text != "text":
+        texts = texts.rename_column(text, "text")
+    if texts.features["text"] != Value("string"):
+        texts = texts.cast_column("text", Value("string"))
+    column = table.select_columns([label]).with_format("arrow")[:].column(label)
+    return Labelled(texts, _as_words(column, table.features[label]), ((0, where),))
+
+
+def check_columns(columns: Sequence[str], text: str, label: str, where: str) -> None:
+    """Raises DataError where one of the two columns is not among `columns`."""
+    for key, wanted in (("text", text), ("label", label)):
+        if wanted not in columns:
+            there = ", ".join(f"'{column}'" for column in columns[:20]) + (" …" if len(columns) > 20 else "")
+            raise DataError(
+                f"{where} has no column '{wanted}'; it has {there}.{nearest(wanted, columns)}",
+                f"Name the column that holds the {key} with --data.{key}. "
+                "The first line of a CSV or TSV file must name its columns.",
+            )
+
+
+def _check_scalar(table: Dataset, column: str, where: str) -> None:
+    feature = table.features[column]
+    if not isinstance(feature, ClassLabel | Value):
+        mixed = type(feature).__name__ == "Json"
+        holds = "words in some rows and numbers or objects in others" if mixed else "lists or objects"
+        raise DataError(
+            f"column '{column}' of {where} holds {holds}",
+            "It must hold one word or number a row: write all of them in quotes, or name another column with "
+            "--data.text or --data.label.",
+        )
+
+
+def _as_words(column: pa.ChunkedArray, feature: Any) -> pa.ChunkedArray:
+    if isinstance(feature, ClassLabel) and pa.types.is_integer(column.type):
+        known = pc.if_else(pc.greater_equal(column, 0), column, None)
+        return pc.take(pa.array(feature.names, pa.string()), known)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    return pc.cast(column, pa.string())
+
+
+def _read_table(kind: Kind, file: Path, text: str, label: str, scratch: Path) -> Dataset:
+    if kind in ("csv", "tsv"):
+        delimiter = "," if kind == "csv" else "\t"
+        rows = _check_lines(file, delimiter, text, label)
+        table = _load(
+            file,
+            "csv",
+            scratch,
+            sep=delimiter,
+            encoding="utf-8",
+            # Strings in both columns: else "007" is read as 7, and a class called "None" or "NA" as missing.
+            features=Features({column: Value("string") for column in (text, label)}),
+            keep_default_na=False,
+            na_values=[""],
+        )
+        if len(table) != rows:
+            raise DataError(
+                f"{file} has {rows} rows by one reading and {len(table)} by another: its quotes do not pair up",
+                "Write it again with a CSV library, or as JSONL.",
+            )
+        return table
+    if kind == "parquet":
+        columns = _check_parquet(file, text, label)
+        return _load(file, "parquet", scratch, columns=columns)
+    return _load(file, "json", scratch)
+
+
+def _load(file: Path, builder: str, scratch: Path, **options: Any) -> Dataset:
+    try:
+        return load_dataset(
+            builder, data_files={"train": [glob.escape(str(file))]}, split="train", cache_dir=str(scratch), **options
+        )
+    except Exception as error:  # whatever the reader raises, the user is to hear which file and which line
+        raise _diagnosis(file, builder, error) from error
+
+
+def _empty(file: Path) -> DataError:
+    return DataError(f"{file} has no rows", "Remove the file or fill it.")
+
+
+def _check_lines(file: Path, delimiter: str, text: str, label: str) -> int:
+    """The number of rows of a CSV file, each with as many fields as the header. Raises DataError otherwise."""
+    rows, begin = 0, 1
+    try:
+        with _fields_of_any_length(), _open(file) as raw:
+            stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            header = next(reader, [])
+            check_columns(header, text, label, str(file))
+            begin = reader.line_num + 1
+            for fields in reader:
+                if fields and len(fields) != len(header):
+                    raise DataError(
+                        f"{file}, line {begin}: {len(fields)} fields, where the header names {len(header)}",
+                        "Put quotes around a field that holds the delimiter or a line break.",
+                    )
+                rows += bool(fields)
+                begin = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{file}, line {begin}: a quote that is not closed or not doubled ({error})",
+            'A field that holds quotes stands in quotes itself, with each inner one doubled: "say ""so""".',
+        ) from error
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise _diagnosis(file, "csv", error) from error
+    if not rows:
+        raise _empty(file)
+    return rows
+
+
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _check_parquet(file: Path, text: str, label: str) -> list[str]:
+    try:
+        parquet = pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is no Parquet file: {_first_line(error)}", "Write it again.") from error
+    with parquet:
+        check_columns(parquet.schema_arrow.names, text, label, str(file))
+        if not parquet.metadata.num_rows:
+            raise _empty(file)
+    return [text, label]
+
+
+def _read_text_files(part: Part, scratch: Path) -> Labelled:
+    features = Features({"text": Value("string")})
+    paths = [str(file) for file in part.files]
+    where = str(part.files[0].parent.parent)
+    try:
+        with quiet(bars=len(paths) >= 20_000):
+            texts = Dataset.from_generator(
+                _texts, features=features, cache_dir=str(scratch), gen_kwargs={"paths": paths}
+            )
+    except Exception as error:  # `datasets` wraps what the generator raises
+        cause = error if isinstance(error, ToolkitError) else error.__cause__
+        raise cause if isinstance(cause, ToolkitError) else DataError(f"{where}: {_first_line(error)}") from error
+    return Labelled(texts, pa.chunked_array([pa.array(part.classes, pa.string())]), tuple(enumerate(paths)))
+
+
+def _texts(paths: list[str]) -> Iterator[dict[str, str]]:
+    for path in paths:
+        try:
+            yield {"text": Path(path).read_text(encoding="utf-8-sig")}
+        except UnicodeDecodeError as error:
+            raise _diagnosis(Path(path), "text", error) from error
+
+
+def _open(file: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file)) if file.suffix.lower() == ".gz" else file.open("rb")
+
+
+def _diagnosis(file: Path, kind: str, error: Exception) -> DataError:
+    """Why a file cannot be read, with the line at fault where there is one."""
+    try:
+        with _open(file) as stream:
+            fault = None if kind == "parquet" else _line_that_is_not_utf8(file, stream)
+        if fault is None and kind in ("json", "jsonl"):
+            with _open(file) as stream:
+                fault = _line_that_is_not_json(file, stream)
+    except (EOFError, OSError) as broken:
+        if file.suffix.lower() == ".gz":
+            return DataError(f"{file} is no whole gzip file: {_first_line(broken)}", "Copy or compress it again.")
+        return DataError(f"{file} cannot be read: {_first_line(broken)}", "Check its permissions and its disk.")
+    return fault or DataError(
+        f"{file} cannot be read: {_first_line(error.__cause__ or error)}",
+        "Check that its content is of the kind that its name says.",
+    )
+
+
+def _line_that_is_not_utf8(file: Path, lines: Iterable[bytes]) -> DataError | None:
+    for number, line in enumerate(lines, start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            wide = number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff"))
+            encoding = "UTF-16" if wide else "ISO-8859-1"
+            unzip, plain = ("gunzip -c", file.with_suffix("")) if file.suffix.lower() == ".gz" else ("cat", file)
+            return DataError(
+                f"{file}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8",
+                f"Convert it, if {encoding} is what it is in: {unzip} '{file}' | iconv -f {encoding} -t UTF-8 "
+                f"> '{plain.with_name('utf8-' + plain.name)}'",
+            )
+    return None
+
+
+def _line_that_is_not_json(file: Path, stream: BinaryIO) -> DataError | None:
+    """The first malformed line of JSON lines, or the fault of one JSON document."""
+    start = stream.read(4096).decode("utf-8", errors="ignore").lstrip("\ufeff \t\r\n")
+    stream.seek(0)
+    if not start:
+        return _empty(file)
+    return _fault_of_document(file, stream) if start.startswith("[") else _fault_of_lines(file, stream)
+
+
+def _fault_of_document(file: Path, stream: BinaryIO) -> DataError | None:
+    try:
+        rows = json.loads(stream.read().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return DataError(f"{file}, line {error.lineno}: not JSON ({error.msg})", "Mend it or write the file again.")
+    return None if rows else _empty(file)
+
+
+def _fault_of_lines(file: Path, lines: Iterable[bytes]) -> DataError | None:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except json.JSONDecodeError as error:
+            return DataError(
+                f"{file}, line {number}: not JSON ({error.msg}): {line[:60].decode('utf-8', errors='replace').strip()}",
+                'Each line is one object: {"text": "…", "label": "…"}. Mend this one or remove it.',
+            )
+        if not isinstance(row, dict):
+            return DataError(
+                f"{file}, line {number}: a {type(row).__name__}, not an object",
+                'Each line is one object: {"text": "…", "label": "…"}.',
+            )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

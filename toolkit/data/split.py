@@ -1,0 +1,181 @@
+"""Splits by class, in an order that follows from the texts and a seed alone.
+
+The order does not depend on the files, their order, the machine or the version of a library: the same texts are
+split alike wherever they come from, and a smaller limit takes a part of what a larger one takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.config import TextDataConfig
+from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Cleaned, Codes, Keys, Roles, Rows, drop_leaks
+from toolkit.data.files import ROLES
+from toolkit.errors import ConfigError, DataError
+
+Order = npt.NDArray[np.uint64]
+
+
+def split(config: TextDataConfig, cleaned: Cleaned, given: Container[str]) -> tuple[Roles, list[str]]:
+    """Take the splits that are not given from the training data, then limit all of them.
+
+    Args:
+        config: shares, limits and the seed.
+        cleaned: the rows.
+        given: names of the splits that the source has.
+
+    Returns:
+        The split of each row, and warnings.
+
+    Raises:
+        ConfigError: the shares leave nothing, or fewer training rows are wanted than there are classes.
+        DataError: a class has too few rows to be in every split, or a split has no rows left.
+    """
+    check_shares(config, given)
+    roles, codes, order = cleaned.roles, cleaned.codes, shuffle_key(cleaned.keys, config.split_seed)
+    shares = {VALIDATION: config.validation_share, TEST: config.test_share}
+    taken = {role: share for role, share in shares.items() if ROLES[role] not in given}
+    roles = take_shares(roles, codes, order, taken, cleaned.labels)
+    if not config.deduplicate:
+        # Repeats may be trained on, but not tested on.
+        roles, _ = drop_leaks(roles, cleaned.groups)
+    for role, most in (
+        (TRAIN, config.train_samples),
+        (VALIDATION, config.validation_samples),
+        (TEST, config.test_samples),
+    ):
+        roles = limit(roles, role, most, codes, order)
+        if not np.any(roles == role):
+            raise DataError(
+                f"the {ROLES[role]} split has no rows left after cleaning",
+                "All of its texts are also in another split: give other data, or leave this split out.",
+            )
+    return roles, absent_classes(roles, codes, cleaned.labels)
+
+
+def check_shares(config: TextDataConfig, given: Container[str]) -> None:
+    """Raises ConfigError where the shares that are to be taken leave nothing to train on."""
+    taken = {name: getattr(config, f"{name}_share") for name in ROLES[1:] if name not in given}
+    if sum(taken.values()) >= 1:
+        listed = " and ".join(f"--data.{name}_share {share:g}" for name, share in taken.items())
+        raise ConfigError(f"{listed} leave nothing to train on", "Make them smaller: together less than 1.")
+
+
+def shuffle_key(keys: Keys, seed: int) -> Order:
+    """A pseudo-random number for each text, by which rows are sorted.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014)
+    over the hash of the text, moved on by the seed.
+    """
+    with np.errstate(over="ignore"):
+        step = np.array([(seed + 1) % 2**64], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state = keys[:, 0] + step
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        result: Order = state ^ (state >> np.uint64(31))
+    return result
+
+
+def apportion(total: int, counts: Rows, most: Rows) -> Rows:
+    """Share out `total` seats in proportion to `counts`, by the largest remainder.
+
+    Every class gets at least one where there are enough, and none more than `most`. The sum is `total` unless
+    these bounds make that impossible.
+    """
+    fewest = np.minimum(1 if total >= len(counts) else 0, most)
+    total = int(min(max(total, fewest.sum()), most.sum()))
+    ideal = counts * total
+    seats: Rows = np.clip(ideal // counts.sum(), fewest, most)
+    while missing := total - int(seats.sum()):
+        change = 1 if missing > 0 else -1
+        free = np.flatnonzero(seats < most if change > 0 else seats > fewest)
+        # How far a class is below its ideal share; ties go to the class that comes first.
+        short = (ideal - seats * counts.sum())[free] * change
+        chosen = free[np.argsort(-short, kind="stable")][: abs(missing)]
+        seats[chosen] += change
+    return seats
+
+
+def take_shares(roles: Roles, codes: Codes, order: Order, shares: Mapping[int, float], names: Sequence[str]) -> Roles:
+    """Move shares of every class from the training data to the splits that are not given.
+
+    Args:
+        roles: of all rows.
+        codes: class of each row.
+        order: from `shuffle_key`.
+        shares: share of the training data for `TEST` and `VALIDATION`, if they are to be taken.
+        names: of the classes.
+
+    Raises:
+        DataError: a class has too few rows to be in every split.
+    """
+    if not shares:
+        return roles
+    pool = np.flatnonzero(roles == TRAIN)
+    classes, code = np.unique(codes[pool], return_inverse=True)
+    counts = np.bincount(code)
+    _check_rare(counts, [names[index] for index in classes], 1 + len(shares))
+    place = _place_in_class(code, order[pool], counts)
+    result, taken = roles.copy(), np.zeros_like(counts)
+    for later, role in reversed(list(enumerate(sorted(shares)))):
+        # Leave a row for training and for each split that is still to come.
+        seats = apportion(round(shares[role] * len(pool)), counts, counts - taken - later - 1)
+        result[pool[(place >= taken[code]) & (place < (taken + seats)[code])]] = role
+        taken = taken + seats
+    return result
+
+
+def limit(roles: Roles, role: int, most: int | None, codes: Codes, order: Order) -> Roles:
+    """Keep at most `most` rows of one split, in the proportions of its classes.
+
+    Raises:
+        ConfigError: fewer training rows than classes.
+    """
+    rows = np.flatnonzero(roles == role)
+    if most is None or len(rows) <= most:
+        return roles
+    _, code = np.unique(codes[rows], return_inverse=True)
+    counts = np.bincount(code)
+    if role == TRAIN and most < len(counts):
+        raise ConfigError(
+            f"--data.train_samples {most} is fewer than the {len(counts)} classes",
+            f"Use at least {len(counts)}.",
+        )
+    seats = apportion(most, counts, counts)
+    result = roles.copy()
+    result[rows[_place_in_class(code, order[rows], counts) >= seats[code]]] = DROPPED
+    return result
+
+
+def _place_in_class(code: Rows, order: Order, counts: Rows) -> Rows:
+    """The place of each row within its class, in the order of the shuffle (equal texts in that of the rows)."""
+    by_class = np.lexsort((order, code))
+    place = np.empty(len(code), np.int64)
+    place[by_class] = np.arange(len(code)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return place
+
+
+def _check_rare(counts: Rows, names: list[str], needed: int) -> None:
+    rare = [f"'{names[index]}' ({counts[index]})" for index in np.flatnonzero(counts < needed)]
+    if rare:
+        raise DataError(
+            f"too few rows to be in each of {needed} splits, after cleaning: {', '.join(rare[:5])}"
+            f"{' …' if len(rare) > 5 else ''}",
+            f"Remove or merge these classes, or add rows until each has {needed}; or give the splits yourself with "
+            "--data.validation and --data.test.",
+        )
+
+
+def absent_classes(roles: Roles, codes: Codes, names: Sequence[str]) -> list[str]:
+    """A warning for each of validation and test that lacks classes of the training data."""
+    trained = np.unique(codes[roles == TRAIN])
+    warnings = []
+    for role in (VALIDATION, TEST):
+        lacking = trained[~np.isin(trained, codes[roles == role])]
+        if len(lacking):
+            listed = ", ".join(f"'{names[code]}'" for code in lacking[:5])
+            warnings.append(f"the {ROLES[role]} split has no row of class {listed}{' …' if len(lacking) > 5 else ''}")
+    return warnings

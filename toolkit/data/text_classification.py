@@ -1,0 +1,213 @@
+"""Labelled texts, from wherever they lie to token ids in three splits, once for all ranks of a machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa  # type: ignore[import-untyped]
+from datasets import Dataset, load_from_disk
+from filelock import FileLock, Timeout
+
+from toolkit import samples
+from toolkit.config import TextDataConfig
+from toolkit.data.clean import clean
+from toolkit.data.files import ROLES, Role
+from toolkit.data.mapping import ROWS_FOR_A_BAR, is_main_rank, quiet
+from toolkit.data.sources import Source, digest, read, resolve
+from toolkit.data.split import check_shares, split
+from toolkit.data.tokenize import EDGES, check_tokenizer, length_histogram, tokenize, tokenizer_fingerprint
+from toolkit.errors import DataError
+
+_REVISION = 1
+"""To be raised with every change of this package that changes its result: older caches are then not used."""
+_FACTS = "facts.json"
+_NOT_CONTENT = ("name", "revision", "validation", "test", "workers", "tokenize_processes")
+_MANY_UNKNOWN = 0.1
+
+
+@dataclass(frozen=True)
+class TextClassification:
+    """Tokenised texts with their classes.
+
+    Attributes:
+        train: columns `input_ids` (list of int, special tokens included, not padded), `label` (int, index into
+            `labels`), `length` (int, tokens in `input_ids`), `id` (int, row number in the source, from 0, running on
+            from its training rows to its validation and then its test rows).
+        validation: the same.
+        test: the same.
+        labels: names of the classes, sorted; as numbers if all of them are integers.
+        facts: what was read, dropped, counted and is to be warned of; fit for JSON.
+        fingerprint: of content, settings and tokenizer; the same on every machine.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    labels: tuple[str, ...]
+    facts: dict[str, Any]
+    fingerprint: str
+
+
+def text_classification(config: TextDataConfig, tokenizer: Any) -> TextClassification:
+    """Read, check, clean, split, limit and tokenise; the second call with the same content loads the result.
+
+    To be called before the process group exists, on all ranks: of those that share a cache, one does the work and the
+    others wait for it, for as long as it takes.
+
+    Args:
+        config: which data, and how.
+        tokenizer: of transformers.
+
+    Raises:
+        ConfigError: a setting that cannot take effect or is out of range.
+        DataError: data that is missing, malformed or unfit.
+    """
+    source = resolve(config)
+    if source.hub is None:
+        check_shares(config, source.parts)  # before anything is read
+    warnings = [*source.warnings, *check_tokenizer(tokenizer, config.max_length)]
+    fingerprint = _fingerprint(config, source, tokenizer)
+    folder = samples.cache_folder() / "data" / fingerprint
+    found = _load(folder)
+    if found is None:
+        with _alone(folder) as scratch:
+            found = _load(folder)
+            if found is None:
+                _prepare(config, source, tokenizer, scratch)
+                _publish(scratch / "result", folder)
+                found = _load(folder)
+    assert found is not None, f"what was just written to {folder} cannot be read"
+    splits, stored = found
+    # These depend on the names of files, and the same content may lie under other names.
+    facts = {"source": config.name, **stored["facts"], "warnings": warnings + stored["facts"]["warnings"]}
+    return TextClassification(**splits, labels=tuple(stored["labels"]), facts=facts, fingerprint=fingerprint)
+
+
+def _fingerprint(config: TextDataConfig, source: Source, tokenizer: Any) -> str:
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_CONTENT}
+    content = [_REVISION, digest(source), settings, tokenizer_fingerprint(tokenizer)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """Hold the lock of a result, with a scratch folder beside it that is gone afterwards."""
+    beginning = f".{folder.name}-"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.parent / f".{folder.name}.lock"):
+            for left in folder.parent.glob(f"{beginning}*"):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed at it
+            with tempfile.TemporaryDirectory(
+                prefix=beginning, dir=folder.parent, ignore_cleanup_errors=True
+            ) as scratch:
+                yield Path(scratch)
+    except OSError as error:
+        raise DataError(
+            f"the prepared data could not be written to {folder.parent}: {error}",
+            "Free space there, or set TOOLKIT_CACHE to a folder that this process may write to.",
+        ) from error
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """The operating system frees it when its holder dies. No time limit: the work may take hours."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        if is_main_rank():
+            print("another process is preparing the data; waiting for it …", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _publish(result: Path, folder: Path) -> None:
+    """Give a finished result its name; what cannot be read under that name makes way."""
+    if folder.exists():
+        folder.rename(result.parent / "broken")
+    result.rename(folder)
+
+
+def _load(folder: Path) -> tuple[dict[Role, Dataset], dict[str, Any]] | None:
+    """The splits and what is told about them; None where they are not, or not whole."""
+    try:
+        stored: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        with quiet(bars=False):
+            splits = {name: load_from_disk(str(folder / name)) for name in ROLES}
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    whole = all(len(splits[name]) == sum(stored["facts"]["samples"][name].values()) for name in ROLES)
+    return (splits, stored) if whole else None
+
+
+def _prepare(config: TextDataConfig, source: Source, tokenizer: Any, scratch: Path) -> None:
+    """Write the splits and their facts to `scratch/result`."""
+    corpus = read(source, config.text, config.label, scratch)
+    given = [ROLES[role] for role in np.unique(corpus.roles)]
+    cleaned = clean(corpus, config, scratch)
+    roles, warnings = split(config, cleaned, given)
+    facts: dict[str, Any] = {
+        "rows_read": {name: int(np.sum(corpus.roles == role)) for role, name in enumerate(ROLES) if name in given},
+        **cleaned.dropped,
+        "samples": {},
+        "truncated": {},
+        "unknown_tokens": {},
+        "token_lengths": {"edges": EDGES},
+        "warnings": [*cleaned.warnings, *warnings],
+    }
+    for role, name in enumerate(ROLES):
+        rows = np.flatnonzero(roles == role)
+        tokens = tokenize(
+            corpus.texts.select(rows),
+            tokenizer,
+            config.max_length,
+            processes=config.tokenize_processes,
+            scratch=scratch,
+            title=f"Tokenizing {name}",
+        )
+        codes = cleaned.codes[rows].astype(np.int64)
+        counts = np.bincount(codes, minlength=len(cleaned.labels))
+        facts["samples"][name] = dict(zip(cleaned.labels, counts.tolist(), strict=True))
+        _measure(tokens, name, tokenizer, facts)
+        _write(tokens, codes, rows, scratch / "result" / name)
+    stored = {"labels": cleaned.labels, "facts": facts}
+    (scratch / "result" / _FACTS).write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+
+
+def _measure(tokens: Dataset, name: str, tokenizer: Any, facts: dict[str, Any]) -> None:
+    """Add to `facts` what the tokenizer did to one split."""
+    columns = tokens.select_columns(["length", "whole", "unknown"]).with_format("numpy")[:]
+    length, whole, unknown = columns["length"], columns["whole"], columns["unknown"]
+    share = float(unknown.sum() / length.sum())
+    facts["truncated"][name] = float(np.mean(whole > length))
+    facts["unknown_tokens"][name] = share
+    facts["token_lengths"][name] = length_histogram(whole)
+    empty = int(np.sum(whole <= tokenizer.num_special_tokens_to_add(pair=False)))
+    if empty:
+        facts["warnings"].append(f"{empty} texts of the {name} split have no token but special ones")
+    if share > _MANY_UNKNOWN and name == "train":
+        facts["warnings"].append(
+            f"{share:.0%} of the tokens are unknown to the tokenizer: is it made for this language?"
+        )
+
+
+def _write(tokens: Dataset, codes: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], folder: Path) -> None:
+    table = tokens.select_columns(["input_ids", "length"]).add_column("label", codes).add_column("id", rows)
+    with quiet(bars=len(rows) >= ROWS_FOR_A_BAR):
+        table.select_columns(["input_ids", "label", "length", "id"]).save_to_disk(str(folder))

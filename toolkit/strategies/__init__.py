@@ -1,0 +1,6 @@
+"""How training is laid over the ranks. One file for each strategy; `choose_strategy` picks one."""
+
+from toolkit.strategies.base import Layout, Strategy, Update
+from toolkit.strategies.choose import STRATEGIES, choose_strategy
+
+__all__ = ["STRATEGIES", "Layout", "Strategy", "Update", "choose_strategy"]

@@ -1,0 +1,240 @@
+"""The contract of a strategy: how a model, its gradients and its optimizer are laid over the ranks.
+
+The engine speaks to a strategy in four verbs (`forward`, `backward`, `update`, `weights`) and never asks which one
+it is. `TorchStrategy` serves those whose optimizer is torch's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from toolkit.config import StrategyConfig
+from toolkit.data.loader import BatchShape
+from toolkit.errors import ConfigError
+from toolkit.precision import LossScaler, Precision
+from toolkit.world import World
+
+BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: global norm of the gradient before clipping; not finite where the step was skipped or must stop.
+        applied: False where the loss scaler skipped the step.
+        loss_scale: the scale that the step used, for fp16 only.
+    """
+
+    grad_norm: float
+    applied: bool
+    loss_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A smallest world in which a strategy is active: the parity tests and the support matrix enrol it."""
+
+    ranks: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Strategy(ABC):
+    """One way to train on many ranks.
+
+    Args:
+        name: as the user wrote it.
+        config: its options.
+        world: connected ranks.
+        precision: of forward and backward.
+        shape: of the batches.
+        max_grad_norm: clip to this global norm, or None.
+    """
+
+    layouts: ClassVar[Mapping[str, tuple[Layout, ...]]]
+    """For each name that this class serves, the worlds in which it is tested."""
+    options: ClassVar[frozenset[str]] = frozenset()
+    """Fields of StrategyConfig that it reads."""
+
+    model: nn.Module
+    """What `forward` calls: the wrapped model."""
+
+    def __init__(
+        self,
+        name: str,
+        config: StrategyConfig,
+        *,
+        world: World,
+        precision: Precision,
+        shape: BatchShape,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.world = world
+        self.precision = precision
+        self.shape = shape
+        self.max_grad_norm = max_grad_norm
+
+    def check(self) -> None:
+        """Refuse settings that cannot take effect, before anything is loaded.
+
+        Raises:
+            ConfigError: naming the key, the reason and the remedy.
+        """
+        unset = StrategyConfig()
+        for key in ("reshard_after_forward", "shard_size", "wrap", "offload", "deepspeed"):
+            if getattr(self.config, key) != getattr(unset, key) and key not in self.options:
+                raise ConfigError(
+                    f"--strategy.{key} has no effect under strategy {self.name}",
+                    "Drop it, or choose a strategy that reads it.",
+                )
+        offloads = self.config.offload not in (None, "none")
+        if offloads and self.world.device.type == "cpu":
+            raise ConfigError(
+                f"--strategy.offload {self.config.offload} has no effect on CPU ranks, whose memory it would move to",
+                "Drop it, or run on GPUs.",
+            )
+
+    def require_ranks(self, what: str) -> None:
+        """Refuse a strategy that needs company on one process."""
+        if self.world.size == 1:
+            raise ConfigError(
+                f"strategy {self.name} has no effect on one process: there is nobody to {what}",
+                "Start more processes (`accelerate launch --config_file configs/accelerate/cpu2.yaml …`, or "
+                "`--multi_gpu --num_processes N`), or use --strategy.name single.",
+            )
+
+    @abstractmethod
+    def setup(self, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
+        """Lay `model` (fp32, equal on all ranks) over the ranks and build its optimizer."""
+
+    @abstractmethod
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the forward and backward of one micro-batch; gradients are reduced after the `last` of a step."""
+
+    @abstractmethod
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """The model's outputs, computed in the precision asked for."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`: the local sum divided by the units of all ranks.
+
+        Summed over ranks and micro-batches this is the gradient of the step's mean; what the wrapper averages over
+        the ranks is undone here.
+        """
+
+    @abstractmethod
+    def update(self, learning_rate: float) -> Update:
+        """Clip, step and clear the gradients. Nothing is applied where the gradient is not finite."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Full weights by the plain model's names, in fp32 on the CPU of rank 0, empty elsewhere. Collective."""
+
+    @abstractmethod
+    def effective(self) -> dict[str, Any]:
+        """What is in force, read back from the engine's objects, JSON-able."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model without a wrapper around it."""
+        return self.model
+
+    def teardown(self) -> None:
+        """Drop the model and what hangs on it, before the ranks part."""
+        del self.model
+
+
+class TorchStrategy(Strategy):
+    """Strategies whose gradients are tensors (or DTensors) on parameters and whose optimizer is torch's."""
+
+    averages_over_ranks: ClassVar[bool] = True
+    """Whether the wrapper divides summed gradients by the number of ranks."""
+
+    optimizer: torch.optim.Optimizer
+
+    def setup(self, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
+        """Wrap, then build the optimizer over the wrapped parameters."""
+        self.model = self.wrap(model.to(self.world.device))
+        self.optimizer = build_optimizer(self.model)
+        self.scaler = LossScaler(self.precision.name == "fp16")
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @abstractmethod
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model` laid over the ranks."""
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Nothing to hold back on one rank."""
+        return contextlib.nullcontext()
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """Under autocast where the precision is reduced."""
+        with self.precision.autocast(self.world.device):
+            return self.model(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Scale for fp16 and for the wrapper's average, then backpropagate."""
+        ranks = self.world.size if self.averages_over_ranks else 1
+        (loss * (ranks * self.scaler.scale)).backward()
+
+    def update(self, learning_rate: float) -> Update:
+        """Unscale and clip in one multiplication, then step."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        scale = self.scaler.scale
+        norm = self._total_norm(gradients) / scale
+        applied = self.scaler.update(norm) and math.isfinite(norm)
+        if applied:
+            clip = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
+            if clip / scale != 1.0:
+                torch._foreach_mul_(gradients, clip / scale)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(norm, applied, scale if self.scaler.enabled else None)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """A copy of the state dict."""
+        if not self.world.main:
+            return {}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+
+    def effective(self) -> dict[str, Any]:
+        """Read from the parameters, the optimizer and the batches."""
+        group = self.optimizer.param_groups[0]
+        return {
+            "strategy": self.name,
+            "engine": type(self.model).__name__,
+            "ranks": self.world.size,
+            "device": str(self.world.device),
+            "precision": self.precision.name,
+            "parameter_dtype": str(self._parameters[0].dtype).removeprefix("torch."),
+            "global_batch": self.shape.global_batch,
+            "micro_batch": self.shape.micro_batch,
+            "accumulation": self.shape.accumulation,
+            "optimizer": type(self.optimizer).__name__,
+            "betas": list(group["betas"]),
+            "eps": group["eps"],
+            "weight_decay": [group["weight_decay"] for group in self.optimizer.param_groups],
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+    def teardown(self) -> None:
+        """Drop the optimizer too: it holds the parameters."""
+        del self.optimizer, self._parameters
+        super().teardown()
+
+    def _total_norm(self, gradients: list[torch.Tensor]) -> float:
+        return float(torch.nn.utils.get_total_norm(gradients))

@@ -1,0 +1,6 @@
+"""What a batch means: how samples are collated, counted, scored and measured. One file for each task."""
+
+from toolkit.tasks.base import Batch, Task
+from toolkit.tasks.classification import Classification
+
+__all__ = ["Batch", "Classification", "Task"]

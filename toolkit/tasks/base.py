@@ -1,0 +1,72 @@
+"""The contract between data, task and engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        inputs: keyword arguments of the model, each (B, …).
+        labels: targets, first dimension B.
+        weights: (B,) fp32; 0 for the filler row of an empty micro-batch, else 1.
+        ids: the samples' ids; none for the filler.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    weights: torch.Tensor
+    ids: list[int]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        if device.type == "cpu":
+            return self
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        labels, weights = self.labels.to(device, non_blocking=True), self.weights.to(device, non_blocking=True)
+        return Batch(moved, labels, weights, self.ids)
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory; called by torch's DataLoader."""
+        pinned = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        return Batch(pinned, self.labels.pin_memory(), self.weights.pin_memory(), self.ids)
+
+
+class Task(ABC):
+    """The meaning of a batch. The loss is a SUM over units; only the engine divides, by the units of all ranks."""
+
+    unit: str
+    """What one unit is, in the plural: samples, tokens."""
+    smooths_labels: bool = False
+    """Whether the training loss reads label smoothing."""
+
+    @abstractmethod
+    def collate(self, rows: Mapping[str, Sequence[Any]], empty: bool) -> Batch:
+        """Samples in columns as a micro-batch; `empty` marks its rows as filler that must not count."""
+
+    @abstractmethod
+    def units(self, batch: Batch) -> int:
+        """Units of `batch` that count."""
+
+    @abstractmethod
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """Training loss summed over the units of `batch`: a scalar in fp32."""
+
+    @abstractmethod
+    def measure(self, outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        """Counts of `batch` that add up over batches and ranks: fp64 tensors of fixed shapes.
+
+        `units` and `loss` (the loss without regularisation, summed) are always among them.
+        """
+
+    @abstractmethod
+    def metrics(self, counts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Figures from the summed counts, JSON-able; `loss` (mean over units) and `units` are always among them."""

@@ -1,0 +1,93 @@
+"""One class for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import precision_recall_fscore_support
+
+from toolkit.tasks.base import Batch, Task
+
+
+class Classification(Task):
+    """Cross-entropy over classes; accuracy and macro figures from a confusion matrix, so that logits are never kept.
+
+    Args:
+        labels: the classes' names, by index.
+        tokenizer: pads the samples of a micro-batch to its longest.
+        label_smoothing: share of the target spread over all classes, in training only (Szegedy et al. 2016).
+    """
+
+    unit = "samples"
+    smooths_labels = True
+
+    def __init__(self, labels: Sequence[str], tokenizer: Any, label_smoothing: float = 0.0) -> None:
+        self.labels = tuple(labels)
+        self.tokenizer = tokenizer
+        self.label_smoothing = label_smoothing
+
+    def collate(self, rows: Mapping[str, Sequence[Any]], empty: bool) -> Batch:
+        """Pad on the tokenizer's side: `input_ids` and `attention_mask` (B, L), labels (B,)."""
+        inputs = self.tokenizer.pad({"input_ids": list(rows["input_ids"])}, return_tensors="pt")
+        size = len(rows["label"])
+        return Batch(
+            inputs={name: inputs[name] for name in ("input_ids", "attention_mask")},
+            labels=torch.tensor(rows["label"], dtype=torch.long),
+            weights=torch.zeros(size) if empty else torch.ones(size),
+            ids=[] if empty else list(rows["id"]),
+        )
+
+    def units(self, batch: Batch) -> int:
+        """Samples that count."""
+        return len(batch.ids)
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """Smoothed cross-entropy, summed over the samples."""
+        return self._cross_entropy(outputs, batch, self.label_smoothing)
+
+    def measure(self, outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        """Confusion matrix (true class, predicted class), plain cross-entropy and number of samples."""
+        classes = len(self.labels)
+        cells = batch.labels * classes + outputs.logits.argmax(-1)
+        confusion = torch.bincount(cells, weights=batch.weights.double(), minlength=classes**2)
+        return {
+            "confusion": confusion.view(classes, classes),
+            "loss": self._cross_entropy(outputs, batch, 0.0).double(),
+            "units": batch.weights.double().sum(),
+        }
+
+    def metrics(self, counts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Accuracy, macro precision, recall and F1, loss, the confusion matrix and a row for each class."""
+        confusion = counts["confusion"].cpu().numpy().astype(np.int64)
+        true, predicted = (axis.ravel() for axis in np.indices(confusion.shape))
+        precision, recall, f1, support = precision_recall_fscore_support(
+            true,
+            predicted,
+            sample_weight=confusion.ravel(),
+            labels=range(len(self.labels)),
+            zero_division=0,
+        )
+        units = float(counts["units"])
+        return {
+            "accuracy": float(confusion.trace() / units),
+            "macro_precision": float(precision.mean()),
+            "macro_recall": float(recall.mean()),
+            "macro_f1": float(f1.mean()),
+            "loss": float(counts["loss"]) / units,
+            "units": int(units),
+            "confusion": confusion.tolist(),
+            "per_class": [
+                {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
+                for label, p, r, f, s in zip(self.labels, precision, recall, f1, support, strict=True)
+            ],
+        }
+
+    @staticmethod
+    def _cross_entropy(outputs: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
+        logits = outputs.logits.float()
+        losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)
+        return (losses * batch.weights).sum()
