@@ -156,10 +156,12 @@ class Session:
             _refuse_taken(self._folder_asked_for())
         self._ready = False
         self._began = time.monotonic()
-        self._report: dict[str, Any] = {"evaluations": []}
+        self._report: dict[str, Any] = {"evaluations": [], "steps": 0}
         self._best = _Best()
         self._signals: list[float] = []
         self._skipped = 0
+        self._training_seconds = 0.0
+        self._samples = 0
 
     def __enter__(self) -> Self:
         return self
@@ -216,7 +218,11 @@ class Session:
         )
         rows = self._plan_rows(plan, total, trainable)
         rates = [self.schedule(step) for step in range(1, self.total_steps + 1)]
-        self._report |= {"plan": rows, "learning_rates": rates[:: max(1, len(rates) // 500)]}
+        self._report |= {
+            "plan": rows,
+            "learning_rates": rates[:: max(1, len(rates) // 500)],
+            "run": str(self.folder.path),
+        }
         self.world.on_main(lambda: self._write_manifest(data_fingerprint))
         self.console.plan(rows, rates)
         if self.precision.name == "fp16" and self.world.device.type == "cpu":
@@ -284,7 +290,7 @@ class Session:
             if step.number % self.config.run.log_every == 0 or step.number == self.total_steps:
                 self._trackers.log({f"train/{key}": line[key] for key in ("loss", "grad_norm", "lr")}, step.number)
         self._progress.update(step.number, loss=result.loss, samples_per_second=rate, **more)
-        self._training_seconds = self._training_seconds + seconds if step.number > 1 else seconds
+        self._training_seconds += seconds
         self._samples = step.samples_seen
 
     def evaluation_due(self, step: Step) -> bool:
@@ -319,7 +325,8 @@ class Session:
         self._save_model(save)
         command = f'toolkit predict {self.folder.path} "TEXT"' if self.config.checkpoint.save_model else ""
         self._report |= {"before": before, "test": test, "majority": majority, "predict": command}
-        self.world.on_main(lambda: self._write_report("finished"))
+        self._close_report("finished")
+        self.world.on_main(self._write_report)
         extra = {
             "time": f"{self._report['seconds']:.0f} s, {self._report['samples_per_second']:.1f} samples/s in training",
             "run": str(self.folder.path),
@@ -337,7 +344,8 @@ class Session:
         if error is not None and self.folder is not None and self.world.main and "test" not in self._report:
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
             with contextlib.suppress(ToolkitError):
-                self._write_report("interrupted" if stopped else "failed", str(error))
+                self._close_report("interrupted" if stopped else "failed", str(error))
+                self._write_report()
                 self.console.note(f"the report so far: {self.folder.html_path}")
         if isinstance(error, Interrupted):
             self._save_model()
@@ -411,18 +419,19 @@ class Session:
             )
         )
 
-    def _write_report(self, status: str, error: str = "") -> None:
-        assert self.folder is not None
-        trained = getattr(self, "_training_seconds", 0.0)
+    def _close_report(self, status: str, error: str = "") -> None:
+        trained = self._training_seconds
         self._report |= {
             "status": status,
             "seconds": time.monotonic() - self._began,
             "samples_per_second": self._samples / trained if trained else 0.0,
             "skipped_steps": self._skipped,
-            "run": str(self.folder.path),
         }
         if error:
             self._report["error"] = error
+
+    def _write_report(self) -> None:
+        assert self.folder is not None
         self.folder.write_report(self._report)
         write_html(self.folder.path)
 

@@ -117,7 +117,8 @@ def read_part(part: Part, text: str, label: str, scratch: Path) -> Iterator[Labe
                 table.select_columns([text, label]).data.validate(full=True)
             except pa.ArrowInvalid as error:
                 raise _diagnosis(file, part.kind, error) from error
-            yield labelled(table, text, label, str(file))
+            found = labelled(table, text, label, str(file))
+        yield found
 
 
 def labelled(table: Dataset, text: str, label: str, where: str) -> Labelled:

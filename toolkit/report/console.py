@@ -82,10 +82,11 @@ class Console:
                 table.add_row(_clean(section) if i == 0 else "", _clean(name), _clean(value))
             table.add_section()
         self._out.print(table)
+        self._out.print()
         if learning_rates:
             curve = "\n".join(learning_rate_plot(learning_rates, min(72, self._out.width - 14)))
             self._out.print(Text("learning rate", style="bold cyan"))
-            self._out.print(Text(curve), soft_wrap=True)
+            self._out.print(Text(curve, style="cyan"), soft_wrap=True)
             self._out.print()
 
     def label_balance(self, counts: Mapping[str, Mapping[str, int]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,24 @@ from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from toolkit.errors import ConfigError
-from toolkit.report import Trackers
+from toolkit.report import RunFolder, Trackers, build_manifest, write_html
+from toolkit.report.folder import REDACTED
 from toolkit.report.trackers import flatten
 
 CONFIG = {"model": {"name": "sample:minilm", "freeze": ("a", "b"), "dropout": None}, "train": {"epochs": 2}}
 
 
+CANARY = "cAnArY7f3kQ9zX2mP"
+
+
 @pytest.fixture(autouse=True)
-def process_state() -> None:
+def process_state() -> Iterator[None]:
     # In a run `world()` has made it; accelerate's trackers ask it which rank is the main one.
+    made = not PartialState._shared_state
     PartialState(cpu=True)
+    yield
+    if made:
+        PartialState._reset_state()
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -100,6 +109,28 @@ def test_a_missing_package_names_the_extra(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert "pip install 'largemodel-toolkit[track]'" in done.stdout
+
+
+def test_a_canary_is_in_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACCELERATE_SECRET_TOKEN", CANARY)
+    monkeypatch.setenv("NCCL_COMMENT", f"hf_{CANARY}")
+    settings = {"hub": {"token": CANARY}, "note": f"sk-{CANARY}"}
+    run = RunFolder(tmp_path)
+    run.write_config(f"hub:\n  token: {CANARY}\n  note: hf_{CANARY}\nmodel:\n  name: x\n")
+    argv = ["x.py", "--hub.token", CANARY, f"--key={CANARY}", f"ghp_{CANARY}"]
+    run.write_manifest(build_manifest(argv, 0, "sha256:1", settings, settings, {"secret": CANARY}))
+    run.append_metrics([{"step": 1, "loss": 1.0, "note": f"hf_{CANARY}"}])
+    run.write_report({"status": "finished", "predict": f"toolkit predict --token={CANARY}"})
+    trackers = Trackers(["tensorboard"], tmp_path, "run", settings, main=True)
+    trackers.log({"loss": 1.0, "note": f"hf_{CANARY}"}, step=1)
+    trackers.close()
+    write_html(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 7
+    for path in files:
+        assert CANARY.encode() not in path.read_bytes(), path
+    assert "name: x" in run.read_config()
+    assert REDACTED in run.read_manifest()["command"]
 
 
 def test_flatten_gives_scalars_and_text() -> None:
