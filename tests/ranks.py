@@ -9,7 +9,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-PRELOAD = ["torch", "transformers", "datasets", "deepspeed", "toolkit.engine", "toolkit.strategies", "tests.ranks"]
+# The last is what `deepspeed.initialize` imports late, and with it torch's compiler, which takes seconds.
+PRELOAD = [
+    "torch",
+    "transformers",
+    "datasets",
+    "deepspeed",
+    "tests.ranks",
+    "tests.parity.job",
+    "deepspeed.runtime.zero.muon.original_muon",
+]
 
 
 class RankFailed(AssertionError):

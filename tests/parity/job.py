@@ -22,9 +22,12 @@ from toolkit.tasks import Batch, Classification
 from toolkit.world import world
 
 CLASSES = 3
-SAMPLES = 43  # with a global batch of 12, the epoch ends on a ragged step of 7, and that on unequal ranks
-GLOBAL_BATCH = 12
-STEPS = 9
+# The global batch divides by 1, 2, 3 and 4 ranks and 2 accumulations. The epoch's steps are of 24, 24 and 5 samples, so
+# that the last is dealt unequally; `RAGGED` makes it one sample, so that all ranks but the first get a filler.
+SAMPLES = 53
+RAGGED = 49
+GLOBAL_BATCH = 24
+STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Job:
     lr: float = 1e-3
     max_grad_norm: float | None = 1.0
     frozen: str = ""
+    samples: int = SAMPLES
+    loss_scale: float | None = None
 
 
 @dataclass
@@ -51,7 +56,7 @@ class Outcome:
     units: list[int]
     seen: list[list[int]]
     evaluation: dict[str, Any]
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, np.ndarray[Any, Any]]
     effective: dict[str, Any]
     parameter_types: set[str]
 
@@ -80,17 +85,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @functools.cache
-def tiny_data() -> Dataset:
+def tiny_data(samples: int = SAMPLES) -> Dataset:
     generator = np.random.default_rng(3)
-    labels = generator.integers(0, CLASSES, SAMPLES)
-    lengths = generator.integers(4, 20, SAMPLES)
+    labels = generator.integers(0, CLASSES, samples)
+    lengths = generator.integers(4, 20, samples)
     rows = [
         [int(token) for token in generator.integers(2 + 30 * label, 34 + 30 * label, length)]
         for label, length in zip(labels, lengths, strict=True)
     ]
-    return Dataset.from_dict(
-        {"input_ids": rows, "label": labels.tolist(), "length": lengths.tolist(), "id": [1000 + i for i in range(SAMPLES)]}
-    )
+    ids = [1000 + i for i in range(samples)]
+    return Dataset.from_dict({"input_ids": rows, "label": labels.tolist(), "length": lengths.tolist(), "id": ids})
 
 
 class Recording(Classification):
@@ -125,8 +129,10 @@ def train(job: Job) -> Outcome:
     optim = OptimConfig(lr=job.lr, schedule="cosine", warmup_steps=2)
     strategy.setup(model, lambda wrapped: adamw(wrapped, optim))
     del model
+    if job.loss_scale:
+        strategy.scaler.scale = job.loss_scale  # type: ignore[attr-defined]
     schedule = build_schedule(optim, job.steps)
-    task, data = Recording(), tiny_data()
+    task, data = Recording(), tiny_data(job.samples)
     loader = Loader(data, task.collate, shape, rank=w.rank, seed=5)
     results = []
     for step in loader.steps(job.steps):

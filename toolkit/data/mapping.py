@@ -13,6 +13,8 @@ import datasets
 import huggingface_hub.utils
 from datasets import Dataset, Features
 
+from toolkit.environment import is_main_rank
+
 _BARS: tuple[Any, ...] = (datasets, huggingface_hub.utils)
 
 ROWS_FOR_A_PROCESS = 1_000
@@ -27,11 +29,6 @@ def process_count(rows: int, wish: int | None) -> int:
         return max(1, min(wish, rows))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, 8, rows // ROWS_FOR_A_PROCESS))
-
-
-def is_main_rank() -> bool:
-    """Whether this process may talk: rank 0, or no rank at all."""
-    return os.environ.get("RANK", "0") in ("", "0")
 
 
 @contextmanager

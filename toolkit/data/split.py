@@ -7,6 +7,7 @@ split alike wherever they come from, and a smaller limit takes a part of what a 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +20,28 @@ from toolkit.errors import ConfigError, DataError
 Order = npt.NDArray[np.uint64]
 
 
-def split(config: TextDataConfig, cleaned: Cleaned, given: Container[str]) -> tuple[Roles, list[str]]:
+@dataclass(frozen=True)
+class Split:
+    """Which rows are in which split.
+
+    Attributes:
+        roles: the split of each row, or `DROPPED`.
+        repeats: rows that were dropped after the split, as their text is also in a split that is tested on.
+        warnings: for the user.
+    """
+
+    roles: Roles
+    repeats: int
+    warnings: tuple[str, ...]
+
+
+def split(config: TextDataConfig, cleaned: Cleaned, given: Container[str]) -> Split:
     """Take the splits that are not given from the training data, then limit all of them.
 
     Args:
         config: shares, limits and the seed.
         cleaned: the rows.
         given: names of the splits that the source has.
-
-    Returns:
-        The split of each row, and warnings.
 
     Raises:
         ConfigError: the shares leave nothing, or fewer training rows are wanted than there are classes.
@@ -39,9 +52,12 @@ def split(config: TextDataConfig, cleaned: Cleaned, given: Container[str]) -> tu
     shares = {VALIDATION: config.validation_share, TEST: config.test_share}
     taken = {role: share for role, share in shares.items() if ROLES[role] not in given}
     roles = take_shares(roles, codes, order, taken, cleaned.labels)
+    repeats = 0
     if not config.deduplicate:
         # Repeats may be trained on, but not tested on.
-        roles, _ = drop_leaks(roles, cleaned.groups)
+        roles, lost = drop_leaks(roles, cleaned.groups)
+        repeats = sum(lost.values())
+        _check_trained(roles, codes, cleaned.labels)
     for role, most in (
         (TRAIN, config.train_samples),
         (VALIDATION, config.validation_samples),
@@ -53,7 +69,20 @@ def split(config: TextDataConfig, cleaned: Cleaned, given: Container[str]) -> tu
                 f"the {ROLES[role]} split has no rows left after cleaning",
                 "All of its texts are also in another split: give other data, or leave this split out.",
             )
-    return roles, absent_classes(roles, codes, cleaned.labels)
+    warnings = absent_classes(roles, codes, cleaned.labels)
+    if repeats:
+        warnings.insert(0, f"{repeats} rows were dropped because their text is also in a split that is tested on")
+    return Split(roles, repeats, tuple(warnings))
+
+
+def _check_trained(roles: Roles, codes: Codes, names: Sequence[str]) -> None:
+    untrained = np.setdiff1d(codes[roles != DROPPED], codes[roles == TRAIN])
+    if len(untrained):
+        raise DataError(
+            f"all training rows of class {', '.join(repr(names[code]) for code in untrained[:5])} have texts that are "
+            "also in validation or test",
+            "Add rows of that class, or let repeats be dropped first: --data.deduplicate.",
+        )
 
 
 def check_shares(config: TextDataConfig, given: Container[str]) -> None:

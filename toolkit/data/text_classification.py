@@ -24,10 +24,11 @@ from toolkit import samples
 from toolkit.config import TextDataConfig
 from toolkit.data.clean import clean
 from toolkit.data.files import ROLES, Role
-from toolkit.data.mapping import ROWS_FOR_A_BAR, is_main_rank, quiet
+from toolkit.data.mapping import ROWS_FOR_A_BAR, quiet
 from toolkit.data.sources import Source, digest, read, resolve
 from toolkit.data.split import check_shares, split
 from toolkit.data.tokenize import EDGES, check_tokenizer, length_histogram, tokenize, tokenizer_fingerprint
+from toolkit.environment import is_main_rank
 from toolkit.errors import DataError
 
 _REVISION = 1
@@ -150,9 +151,9 @@ def _load(folder: Path) -> tuple[dict[Role, Dataset], dict[str, Any]] | None:
         stored: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
         with quiet(bars=False):
             splits = {name: load_from_disk(str(folder / name)) for name in ROLES}
-    except (OSError, ValueError, pa.ArrowException):
+        whole = all(len(splits[name]) == sum(stored["facts"]["samples"][name].values()) for name in ROLES)
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException):
         return None
-    whole = all(len(splits[name]) == sum(stored["facts"]["samples"][name].values()) for name in ROLES)
     return (splits, stored) if whole else None
 
 
@@ -161,18 +162,19 @@ def _prepare(config: TextDataConfig, source: Source, tokenizer: Any, scratch: Pa
     corpus = read(source, config.text, config.label, scratch)
     given = [ROLES[role] for role in np.unique(corpus.roles)]
     cleaned = clean(corpus, config, scratch)
-    roles, warnings = split(config, cleaned, given)
+    chosen = split(config, cleaned, given)
     facts: dict[str, Any] = {
         "rows_read": {name: int(np.sum(corpus.roles == role)) for role, name in enumerate(ROLES) if name in given},
         **cleaned.dropped,
+        "repeats_after_split_dropped": chosen.repeats,
         "samples": {},
         "truncated": {},
         "unknown_tokens": {},
         "token_lengths": {"edges": EDGES},
-        "warnings": [*cleaned.warnings, *warnings],
+        "warnings": [*cleaned.warnings, *chosen.warnings],
     }
     for role, name in enumerate(ROLES):
-        rows = np.flatnonzero(roles == role)
+        rows = np.flatnonzero(chosen.roles == role)
         tokens = tokenize(
             corpus.texts.select(rows),
             tokenizer,
@@ -194,12 +196,16 @@ def _measure(tokens: Dataset, name: str, tokenizer: Any, facts: dict[str, Any]) 
     """Add to `facts` what the tokenizer did to one split."""
     columns = tokens.select_columns(["length", "whole", "unknown"]).with_format("numpy")[:]
     length, whole, unknown = columns["length"], columns["whole"], columns["unknown"]
+    if empty := int(np.sum(length == 0)):
+        raise DataError(
+            f"{empty} texts of the {name} split give no token at all with this tokenizer",
+            "Remove texts of nothing but control characters, or use a tokenizer that adds special tokens.",
+        )
     share = float(unknown.sum() / length.sum())
     facts["truncated"][name] = float(np.mean(whole > length))
     facts["unknown_tokens"][name] = share
     facts["token_lengths"][name] = length_histogram(whole)
-    empty = int(np.sum(whole <= tokenizer.num_special_tokens_to_add(pair=False)))
-    if empty:
+    if empty := int(np.sum(whole <= tokenizer.num_special_tokens_to_add(pair=False))):
         facts["warnings"].append(f"{empty} texts of the {name} split have no token but special ones")
     if share > _MANY_UNKNOWN and name == "train":
         facts["warnings"].append(

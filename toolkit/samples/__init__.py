@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from toolkit.environment import is_main_rank
 from toolkit.errors import ConfigError, DataError, nearest
 from toolkit.samples._archives import obtain, unpack
 from toolkit.samples._table import SAMPLES, Kind, Sample
@@ -69,7 +70,7 @@ def fetch(name: str, *, quiet: bool = False) -> Path:
     folder = cache / "samples" / sample.folder
     if _is_whole(folder, sample):
         return folder
-    quiet = quiet or os.environ.get("RANK", "0") != "0"
+    quiet = quiet or not is_main_rank()
     try:
         with _alone(folder, sample, quiet):
             if not _is_whole(folder, sample):

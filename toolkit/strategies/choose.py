@@ -8,6 +8,7 @@ from typing import Any
 
 from toolkit.config import StrategyConfig
 from toolkit.data.loader import BatchShape
+from toolkit.environment import Launcher
 from toolkit.errors import ConfigError
 from toolkit.precision import Precision
 from toolkit.strategies.base import Strategy
@@ -15,7 +16,7 @@ from toolkit.strategies.ddp import DDP
 from toolkit.strategies.fsdp import FSDP
 from toolkit.strategies.single import Single
 from toolkit.strategies.zero import Zero
-from toolkit.world import Launcher, World
+from toolkit.world import World
 
 STRATEGIES: dict[str, type[Strategy]] = {name: kind for kind in (Single, DDP, FSDP, Zero) for name in kind.layouts}
 

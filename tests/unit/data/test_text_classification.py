@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from text_data import CountingTokenizer, content, rows, tokenizer, write_csv, write_jsonl
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from toolkit import samples
@@ -286,6 +288,13 @@ def test_lengths_that_do_not_fit(tmp_path: Path, counted: CountingTokenizer) -> 
     )
 
 
+def test_texts_without_a_token(tmp_path: Path, counted: CountingTokenizer) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*TABLE, {"text": "\u200b", "label": "tech"}])
+    counted.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(DataError, match=r"1 texts of the \w+ split give no token at all"):
+        text_classification(TextDataConfig(name=str(path)), counted)
+
+
 def test_the_fingerprint_of_a_tokenizer_is_that_of_its_copy(tmp_path: Path, counted: CountingTokenizer) -> None:
     counted("a b c", truncation=True, max_length=4)
     counted.save_pretrained(tmp_path / "t")
@@ -293,13 +302,13 @@ def test_the_fingerprint_of_a_tokenizer_is_that_of_its_copy(tmp_path: Path, coun
 
 
 def test_quiet_sets_back_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
+    datasets.enable_progress_bars()
     level, hidden = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    assert not hidden
     for rank, bars in (("0", False), ("0", True), ("1", True)):
         monkeypatch.setenv("RANK", rank)
         with quiet(bars=bars):
-            assert datasets.are_progress_bars_disabled() == (hidden or not bars or rank == "1")
+            assert datasets.are_progress_bars_disabled() == (not bars or rank == "1")
         assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == (level, hidden)
 
 

@@ -91,6 +91,15 @@ def test_repeats_may_be_kept_for_training_but_are_never_tested_on(tmp_path: Path
     assert not validation & test
     assert len(found.train) > len(train)
     assert found.facts["duplicates_dropped"] == found.facts["conflicts_dropped"] == 0
+    kept = len(found.train) + len(found.validation) + len(found.test)
+    assert kept + found.facts["repeats_after_split_dropped"] == len(table)
+    assert any("also in a split that is tested on" in warning for warning in found.facts["warnings"])
+
+
+def test_a_class_that_is_nothing_but_one_repeated_text(tmp_path: Path) -> None:
+    table = [*TABLE, *({"text": "again and again", "label": "odd"} for _ in range(20))]
+    refuse(table, tmp_path, "all training rows of class 'odd' have texts that are also in", deduplicate=False)
+    refuse(table, tmp_path, "'odd' (1)")
 
 
 def test_leaks_are_dropped_from_training(tmp_path: Path) -> None:
@@ -206,7 +215,19 @@ def test_limits_are_stratified_and_nested(tmp_path: Path) -> None:
     refuse(TABLE, tmp_path, "--data.train_samples 2 is fewer than the 3 classes", train_samples=2, kind=ConfigError)
 
 
+def test_large_shares_leave_training_rows_of_every_class(tmp_path: Path) -> None:
+    table = [*TABLE, *({"text": f"{word} of a kind", "label": "odd"} for word in ("one", "two", "three", "four"))]
+    found = prepare(table, tmp_path, validation_share=0.45, test_share=0.45)
+    assert found.facts["samples"]["train"]["odd"] == 1
+    assert sum(found.facts["samples"]["test"].values()) == 56
+
+
 # The parts, against plain computations.
+
+
+def test_what_makes_texts_equal() -> None:
+    assert normalised(" Cafe\u0301\n\tau\u3000lait ") == normalised("Caf\u00e9 au lait") == "Caf\u00e9 au lait"
+    assert normalised("Caf\u00e9") != normalised("caf\u00e9")
 
 
 def test_apportion_is_exact_and_fair() -> None:

@@ -163,6 +163,8 @@ def test_words_that_other_readers_take_for_missing_or_for_numbers(tmp_path: Path
     assert prepare(write_jsonl(tmp_path / "b.jsonl", numbers)).labels == ("0", "5", "10")
     floats = [{**row, "label": f"{row['label']}.0"} for row in numbers]
     assert prepare(write_csv(tmp_path / "c.csv", floats)).labels == ("0", "5", "10")
+    zeros = [{**row, "label": f"0{row['label']}"} for row in numbers]
+    assert prepare(write_csv(tmp_path / "z.csv", zeros)).labels == ("00", "05", "010")
     truths = [{**row, "label": row["label"] == 5} for row in numbers]
     assert prepare(write_jsonl(tmp_path / "d.jsonl", truths)).labels == ("false", "true")
 
