@@ -54,6 +54,8 @@ def main(config: Config) -> None:
         session.setup(model, data_fingerprint=data.fingerprint, plan=plan)
         session.describe(labels=data.labels, data=report_facts(data, config.data.max_length))
         session.console.label_balance(data.facts["samples"])
+        for warning in data.facts["warnings"]:
+            session.console.warn(warning)
 
         before = session.evaluate(test, "test before training")
         for step in session.steps(train):

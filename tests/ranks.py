@@ -17,6 +17,7 @@ PRELOAD = [
     "deepspeed",
     "tests.ranks",
     "tests.parity.job",
+    "recipes.bert_cls",
     "deepspeed.runtime.zero.muon.original_muon",
 ]
 

@@ -24,6 +24,11 @@ Config = TypeVar("Config")
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
+# Strict: YAML's `true` is no number. Real numbers are not, because YAML takes `1e-4`, without a dot, for a text.
+Count = Annotated[int, Field(gt=0, strict=True)]
+Natural = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -64,40 +69,41 @@ class TextDataConfig:
     """Share of the samples held out for validation where no validation split is given."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the samples held out for the test where no test split is given."""
-    train_samples: Annotated[int, Field(gt=0)] | None = None
+    train_samples: Count | None = None
     """Use at most so many training samples (stratified)."""
-    validation_samples: Annotated[int, Field(gt=0)] | None = None
+    validation_samples: Count | None = None
     """Use at most so many validation samples (stratified)."""
-    test_samples: Annotated[int, Field(gt=0)] | None = None
+    test_samples: Count | None = None
     """Use at most so many test samples (stratified)."""
-    split_seed: int = 0
+    split_seed: Natural = 0
     """Seed of the splits, apart from the run's seed, so that runs with other seeds are tested alike."""
     deduplicate: bool = True
-    """Drop repeated texts, and texts that stand under two labels, before the split."""
-    max_length: Annotated[int, Field(ge=3)] = 64
+    """Drop repeated texts, and texts that stand under two labels, before the split. A split that is given as a file of
+    its own keeps its repeats."""
+    max_length: Annotated[int, Field(ge=3, strict=True)] = 64
     """Longest sample in tokens; the rest of a text is cut off."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Natural = 0
     """Processes that collate batches beside the training process; 0 collates in it."""
-    tokenize_processes: Annotated[int, Field(gt=0)] | None = None
-    """Processes that cut texts into tokens; by default one for each core, at most 8."""
+    tokenize_processes: Count | None = None
+    """Processes that cut texts into tokens; by default one for each core, at most 8. Small data uses fewer."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How long, and in what batches."""
 
-    epochs: Annotated[float, Field(gt=0)] = 2.0
+    epochs: Positive = 2.0
     """Passes over the training split; a part of one may be asked for. `steps` overrides it."""
-    steps: Annotated[int, Field(gt=0)] | None = None
+    steps: Count | None = None
     """Optimizer steps; where it is given, it decides and `epochs` does not."""
-    global_batch: Annotated[int, Field(gt=0)] = 32
+    global_batch: Count = 32
     """Samples of one optimizer step, over all ranks: the same curve on any number of processes."""
-    micro_batch: Annotated[int, Field(gt=0)] | None = None
+    micro_batch: Count | None = None
     """Samples of one forward pass on one rank. By default the largest divisor of its share, 32 at most.
     Accumulation follows: global_batch / (micro_batch × processes)."""
-    eval_batch: Annotated[int, Field(gt=0)] = 64
+    eval_batch: Count = 64
     """Samples of one forward pass on one rank in evaluation."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    max_grad_norm: Positive | None = 1.0
     """Clip the gradient to this global norm; `None` does not clip."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes in the training loss."""
@@ -107,22 +113,22 @@ class TrainConfig:
 class OptimConfig:
     """AdamW and the learning-rate schedule, which counts optimizer steps."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Positive = 1e-4
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay rates of the two moments."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Positive = 1e-8
     """Term added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     """Decoupled weight decay; biases and norms are left out of it."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """Shape after the warm-up: linear or cosine to `final_share`, constant, or warm-up–stable–decay."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of all steps over which the rate rises linearly from 0. `warmup_steps` overrides it."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Natural | None = None
     """Steps over which the rate rises; where it is given, it decides and `warmup_share` does not."""
     final_share: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Learning rate at the last step as a share of the peak (default 0); not for `constant`."""
+    """Learning rate that the last step leads to, as a share of the peak (default 0); not for `constant`."""
     decay_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of all steps over which `wsd` decays (default 0.2); for `wsd` only."""
 
@@ -135,7 +141,7 @@ class StrategyConfig:
     """`auto` takes what `accelerate launch` asked for: FSDP2, a ZeRO stage, else DDP on several processes."""
     reshard_after_forward: bool | None = None
     """FSDP: free the gathered parameters between forward and backward (default yes; no = more memory, less traffic)."""
-    shard_size: Annotated[int, Field(ge=2)] | None = None
+    shard_size: Annotated[int, Field(ge=2, strict=True)] | None = None
     """FSDP: ranks that hold one copy of the model between them; the others replicate it (hybrid sharding)."""
     wrap: tuple[str, ...] = ()
     """FSDP: class names of the blocks that are sharded one by one. By default the model's repeated blocks."""
@@ -163,13 +169,13 @@ class RunConfig:
     """Folder of the run. By default `runs/RECIPE/NAME`."""
     name: str | None = None
     """Name of the run. By default the next free number."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     """Seed of the order of the samples, of new layers and of dropout."""
-    log_every: Annotated[int, Field(gt=0)] = 10
+    log_every: Count = 10
     """Steps between two lines on a screen that is not a terminal, and between two points in the trackers."""
-    eval_every: Annotated[int, Field(gt=0)] | None = None
+    eval_every: Count | None = None
     """Steps between two evaluations on the validation split. By default once an epoch."""
-    early_stopping: Annotated[int, Field(gt=0)] | None = None
+    early_stopping: Count | None = None
     """Stop after so many evaluations in a row without a lower validation loss."""
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate to log to: `tensorboard`."""
@@ -195,7 +201,9 @@ def parse(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     path = _take_option(arguments, "--config")
-    print_config = _take_flag(arguments, "--print-config")
+    if _take_option(arguments, "--config") is not None:
+        raise ConfigError("--config is given twice", "Name one file; the command line overrides its keys.")
+    print_config = _take_flag(arguments, "--print-config", "--print_config")
     default = from_yaml(config_class, Path(path)) if path else config_class()
     config = tyro.cli(
         config_class,
@@ -217,7 +225,7 @@ def parse(
 def from_yaml(config_class: type[Config], path: Path) -> Config:
     """The settings in a YAML file, laid over the defaults of `config_class`."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}", "Name a YAML file that is there.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -254,6 +262,18 @@ def plain(config: Any) -> Any:
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' stands twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _lay_over(values: dict[str, Any], content: dict[Any, Any], parents: tuple[str, ...], where: str) -> None:
     for key, value in content.items():
         name = ".".join((*parents, str(key)))
@@ -262,6 +282,8 @@ def _lay_over(values: dict[str, Any], content: dict[Any, Any], parents: tuple[st
                 f"unknown key '{name}' in {where}.{nearest(str(key), values)}", f"Keys there: {', '.join(values)}."
             )
         if isinstance(values[key], dict):
+            if value is None:  # a section whose keys are all commented out
+                continue
             if not isinstance(value, dict):
                 raise ConfigError(f"'{name}' in {where} is a section and takes a mapping, not {value!r}")
             _lay_over(values[key], value, (*parents, str(key)), where)
@@ -281,8 +303,8 @@ def _is_key(config_class: type, location: tuple[Any, ...], part: Any) -> bool:
     return False
 
 
-def _section(config_class: type, name: str) -> Any:
-    default = next((f.default for f in dataclasses.fields(config_class) if f.name == name), None)  # type: ignore[arg-type]
+def _section(config_class: Any, name: str) -> type:
+    default = next((f.default for f in dataclasses.fields(config_class) if f.name == name), None)
     return type(default)
 
 
@@ -300,11 +322,10 @@ def _take_option(arguments: list[str], option: str) -> str | None:
     return None
 
 
-def _take_flag(arguments: list[str], flag: str) -> bool:
-    present = flag in arguments
-    if present:
-        arguments.remove(flag)
-    return present
+def _take_flag(arguments: list[str], *spellings: str) -> bool:
+    before = len(arguments)
+    arguments[:] = [argument for argument in arguments if argument not in spellings]
+    return len(arguments) < before
 
 
 def _help(description: str) -> str:

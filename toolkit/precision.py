@@ -72,7 +72,7 @@ def choose_precision(requested: str, world: World) -> Precision:
 def has_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 in hardware (on a CPU: AMX or AVX512-BF16), so that it pays."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capability.get("avx512_bf16") or capability.get("amx_bf16") or capability.get("bf16"))
 

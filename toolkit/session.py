@@ -152,8 +152,7 @@ class Session:
         Trackers(config.run.trackers, Path(), "", {}, main=False)  # refuses unknown names before anything is loaded
         if config.run.dir and config.run.name:
             raise ConfigError("--run.name has no effect beside --run.dir", "Drop one of the two.")
-        if self.world.main:
-            _refuse_taken(self._folder_asked_for())
+        _refuse_taken(self._folder_asked_for())
         self._ready = False
         self._began = time.monotonic()
         self._report: dict[str, Any] = {"evaluations": [], "steps": 0}

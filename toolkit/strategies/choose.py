@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from toolkit.strategies.zero import Zero
 from toolkit.world import World
 
 STRATEGIES: dict[str, type[Strategy]] = {name: kind for kind in (Single, DDP, FSDP, Zero) for name in kind.layouts}
+
+_FSDP_SHARDING = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
+"""The launcher's names, which it also takes as the numbers 1 to 5."""
+_FSDP_REFUSED = (
+    ("FSDP_AUTO_WRAP_POLICY", ("SIZE_BASED_WRAP", "NO_WRAP"), "Use TRANSFORMER_BASED_WRAP."),
+    ("FSDP_ACTIVATION_CHECKPOINTING", ("TRUE",), "Drop it."),
+    ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", ("TRUE",), "Drop it."),
+    ("FSDP_FORWARD_PREFETCH", ("TRUE",), "Drop it."),
+)
 
 
 def choose_strategy(
@@ -72,38 +82,57 @@ def _merge(config: StrategyConfig, key: str, wish: Any) -> StrategyConfig:
 
 
 def _fsdp_wishes(launcher: Launcher, world: World) -> dict[str, Any]:
-    options, wishes = launcher.options, {}
-    if options.get("FSDP_VERSION", "1") == "1":
-        sharding = options.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
-        meanings = {
-            **dict.fromkeys(("1", "FULL_SHARD"), (True, None)),
-            **dict.fromkeys(("2", "SHARD_GRAD_OP"), (False, None)),
-            **dict.fromkeys(("4", "HYBRID_SHARD"), (True, world.local_size)),
-            **dict.fromkeys(("5", "HYBRID_SHARD_ZERO2"), (False, world.local_size)),
-        }
-        if sharding not in meanings:
-            raise ConfigError(f"the launcher asks for --fsdp_sharding_strategy {sharding}", "Use --multi_gpu for DDP.")
-        reshard, shard_size = meanings[sharding]
-        if not reshard:
-            wishes["reshard_after_forward"] = False
-        if shard_size:
-            wishes["shard_size"] = shard_size
-    elif options.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "false":
+    options = launcher.options
+    for name, refused, remedy in _FSDP_REFUSED:
+        if options.get(name, "").upper() in refused:
+            raise ConfigError(f"the launcher asks for {name}={options[name]}, which recipes do not do", remedy)
+    if options.get("FSDP_IGNORED_MODULES"):
+        raise ConfigError("the launcher asks for --fsdp_ignored_modules, which recipes do not read", "Drop it.")
+    sharding = _fsdp_sharding(options)
+    wishes: dict[str, Any] = {}
+    if sharding in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2"):
         wishes["reshard_after_forward"] = False
+    if sharding.startswith("HYBRID"):
+        if world.local_size == world.size:
+            raise ConfigError(
+                f"the launcher's --fsdp_sharding_strategy {sharding} replicates over nodes, and there is one",
+                "Use FULL_SHARD or SHARD_GRAD_OP, or --strategy.shard_size for smaller shards.",
+            )
+        wishes["shard_size"] = world.local_size
     if options.get("FSDP_OFFLOAD_PARAMS", "false") == "true":
         wishes["offload"] = "parameters"
     if options.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
-        wishes["wrap"] = tuple(options["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(","))
-    if options.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
-        raise ConfigError("the launcher asks for SIZE_BASED_WRAP", "Use TRANSFORMER_BASED_WRAP.")
-    if options.get("FSDP_ACTIVATION_CHECKPOINTING", "false") == "true":
-        raise ConfigError("the launcher asks for --fsdp_activation_checkpointing, which recipes do not do", "Drop it.")
+        wishes["wrap"] = tuple(part.strip() for part in options["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(","))
     return wishes
 
 
+def _fsdp_sharding(options: Mapping[str, str]) -> str:
+    """Which of the launcher's five layouts it asks for; it has two options for that, which overlap."""
+    strategy = options.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
+    # `accelerate config` writes the layout's name here for FSDP1, and a yes or no for FSDP2.
+    reshard = options.get("FSDP_RESHARD_AFTER_FORWARD", "true").upper()
+    if options.get("FSDP_VERSION", "1") == "2":
+        meanings = {"TRUE": "FULL_SHARD", "FALSE": "SHARD_GRAD_OP"}
+    else:
+        numbers = {str(number): name for number, name in enumerate(_FSDP_SHARDING, start=1)}
+        meanings = {name: name for name in _FSDP_SHARDING} | numbers | {"TRUE": "FULL_SHARD"}
+        strategy = meanings.get(strategy, strategy)
+    asked = {strategy, meanings.get(reshard, reshard)} - {"FULL_SHARD"} or {"FULL_SHARD"}
+    layout = asked.pop()
+    if asked or layout not in meanings.values() or layout == "NO_SHARD":
+        raise ConfigError(
+            f"the launcher asks for --fsdp_sharding_strategy {strategy} and --fsdp_reshard_after_forward "
+            f"{reshard.lower()}, which recipes do not do together with --fsdp_version {options.get('FSDP_VERSION', 1)}",
+            "Use --fsdp_version 2 with --fsdp_reshard_after_forward true or false (and --strategy.shard_size for "
+            "hybrid shards), or --multi_gpu for no shards.",
+        )
+    return layout
+
+
 def _zero_wishes(launcher: Launcher) -> dict[str, Any]:
-    options, wishes = launcher.options, {}
+    options = launcher.options
     prefix = "ACCELERATE_DEEPSPEED_"
+    wishes: dict[str, Any] = {}
     if options.get(f"{prefix}CONFIG_FILE"):
         wishes["deepspeed"] = Path(options[f"{prefix}CONFIG_FILE"])
     devices = {part: options.get(f"{prefix}OFFLOAD_{part}_DEVICE", "none") for part in ("OPTIMIZER", "PARAM")}
@@ -129,8 +158,16 @@ def _check_launcher(launcher: Launcher, shape: BatchShape, max_grad_norm: float 
             "Drop it from the launcher, or set --train.micro_batch to match.",
         )
     clipping = launcher.options.get("ACCELERATE_GRADIENT_CLIPPING", "none")
-    if clipping not in ("none", "auto") and float(clipping) != max_grad_norm:
+    # 0 is DeepSpeed's way to say that nothing is clipped.
+    if clipping not in ("none", "auto") and not _is_number(clipping, max_grad_norm or 0.0):
         raise ConfigError(
             f"the launcher asks for --gradient_clipping {clipping}, but --train.max_grad_norm is {max_grad_norm}",
             "Drop one of the two.",
         )
+
+
+def _is_number(text: str, number: float) -> bool:
+    try:
+        return float(text) == number
+    except ValueError:
+        return False

@@ -1,0 +1,1 @@
+"""How processes start. Standard library only, so that it runs where torch is not installed."""

@@ -1,0 +1,63 @@
+"""Start recipes as users do, and in processes that have imported everything already."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "bert_cls.py"
+
+
+def launch(options: list[str], *, config: str, launcher: list[str] | None = None, cwd: Path, **kwargs: Any) -> Any:
+    """`accelerate launch` with a shipped configuration, on CPU ranks whatever the machine has; the finished process."""
+    process = start(options, config=config, launcher=launcher, cwd=cwd)
+    try:
+        out, _ = process.communicate(timeout=240)
+    except BaseException:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out)
+
+
+def start(options: list[str], *, config: str, launcher: list[str] | None = None, cwd: Path) -> subprocess.Popen[str]:
+    """The same, still running, in a process group of its own."""
+    file = ROOT / "configs" / "accelerate" / f"{config}.yaml"
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
+    port = [] if config == "cpu1" else ["--main_process_port", "0"]
+    return subprocess.Popen(
+        [*accelerate, *port, *(launcher or []), str(RECIPE), *options],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def environment() -> dict[str, str]:
+    """That of a user without a GPU."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "OMP_"))}
+    return kept | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+
+
+def recipe(argv: list[str], cwd: str) -> tuple[int, str]:
+    """The recipe's command line in this process (a forked one): exit code and all that it printed."""
+    from recipes import bert_cls
+    from toolkit.session import start as start_recipe
+
+    os.chdir(cwd)
+    sys.argv = [str(RECIPE), *argv]
+    code, text = 0, io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            start_recipe(bert_cls.main, bert_cls.Config, bert_cls.__doc__ or "")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    return code, text.getvalue()
