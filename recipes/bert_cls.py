@@ -22,7 +22,8 @@ from toolkit.data import text_classification
 from toolkit.data.summary import majority, plan_rows, report_facts
 from toolkit.engine import train_step
 from toolkit.models import load_classifier, load_tokenizer
-from toolkit.session import Session, start
+from toolkit.session import Session
+from toolkit.start import start
 from toolkit.tasks import Classification
 
 
@@ -49,7 +50,9 @@ def main(config: Config) -> None:
         model = load_classifier(config.model, data.labels, seed=config.run.seed)
         task = Classification(data.labels, tokenizer, config.train.label_smoothing)
 
-        train, validation, test = session.loaders(task, data.train, data.validation, data.test)
+        train, validation, test = session.loaders(
+            task, data.train, data.validation, data.test, workers=config.data.workers
+        )
         plan = {"model": {"name": config.model.name}, "data": plan_rows(data, config.data.max_length)}
         session.setup(model, data_fingerprint=data.fingerprint, plan=plan)
         session.describe(labels=data.labels, data=report_facts(data, config.data.max_length))

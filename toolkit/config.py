@@ -44,8 +44,8 @@ class ModelConfig:
     """Overrides every dropout probability of the network. 0 makes runs comparable across world sizes."""
     freeze: tuple[str, ...] = ()
     """Regular expressions; a parameter whose name one of them matches (anywhere) is not trained."""
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
+    """Attention implementation of transformers. By default sdpa for the networks that have it, else eager."""
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,12 @@ def cpu_asked_for(environment: Environment | None = None) -> bool:
 
 def is_main_rank(environment: Environment | None = None) -> bool:
     """Whether this process speaks for all: rank 0, or no rank at all. Read without any check."""
-    return _own(environment).get("RANK", "0") in ("", "0")
+    return rank_name(environment) == "0"
+
+
+def rank_name(environment: Environment | None = None) -> str:
+    """The rank as it stands in the environment, for messages before anything is checked."""
+    return _own(environment).get("RANK") or "0"
 
 
 def _refuse_what_recipes_do_not_do(env: Environment) -> None:

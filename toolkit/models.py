@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from toolkit import samples
 from toolkit.config import ModelConfig
 from toolkit.errors import ConfigError, ModelError
+
+HUB_PATIENCE = 20.0
+"""Seconds that the hub has to answer in."""
+_OTHER_MODELS = f"Models that need no hub: {', '.join('sample:' + name for name in samples.names('model'))}."
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -22,52 +31,65 @@ def load_tokenizer(config: ModelConfig) -> Any:
     Raises:
         ModelError: the model is not there, or has no tokenizer, or one without a padding token.
     """
-    source = locate(config.name)
+    source, options = _source(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # whatever goes wrong in there, the user is to hear of which model
         raise _unreadable(config, "tokenizer", error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 2:
+        # For most architectures transformers makes one with next to no vocabulary where it finds no file of it.
+        raise _unreadable(config, "tokenizer", FileNotFoundError("its vocabulary is missing"))
     if tokenizer.pad_token_id is None:
-        raise ModelError(f"the tokenizer of --model.name {config.name} has no padding token")
+        raise ModelError(
+            f"the tokenizer of --model.name {config.name} has no padding token",
+            "Copy the model into a folder and name one there: `pad_token` in tokenizer_config.json and "
+            "`pad_token_id` in config.json.",
+        )
     return tokenizer
 
 
 def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -> nn.Module:
     """A sequence classifier with one output for each label, in fp32 on the CPU.
 
-    The head (and, with `init: random`, the whole network) is drawn from `seed`, so that all ranks hold the same.
+    The head (and, with `init: random`, the whole network) is drawn from `seed`, so that all ranks hold the same. A
+    head for another number of labels, from an earlier training, is replaced.
 
     Raises:
         ModelError: the model is not there or cannot classify.
         ConfigError: `freeze` matches nothing, or everything.
     """
-    source = locate(config.name)
+    source, options = _source(config)
     classes = dict(enumerate(labels))
+    build: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
+    missing: Iterable[str] = ()
     try:
         network = AutoConfig.from_pretrained(
             source,
-            revision=config.revision,
             num_labels=len(labels),
             id2label=classes,
             label2id={label: index for index, label in classes.items()},
+            **options,
         )
         network.dtype = torch.float32
         if config.dropout is not None:
             _set_dropout(network, config.dropout)
-        options = {"attn_implementation": config.attention, "dtype": torch.float32}
         torch.manual_seed(seed)
         if config.init == "random":
-            model = AutoModelForSequenceClassification.from_config(network, **options)
+            model = AutoModelForSequenceClassification.from_config(network, **build)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                source, revision=config.revision, config=network, **options
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                source, config=network, ignore_mismatched_sizes=True, output_loading_info=True, **options, **build
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    except Exception as error:  # whatever goes wrong in there, the user is to hear of which model
         raise _unreadable(config, "model", error) from error
+    _check_body(config, model, missing)
     if config.dropout is not None:
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, _DropoutNd):
                 module.p = config.dropout
+            elif isinstance(module, nn.MultiheadAttention):
+                module.dropout = config.dropout
     freeze(model, config.freeze)
     return model  # type: ignore[no-any-return]
 
@@ -123,28 +145,88 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks that make up the depth of a network: the children of its lists of two or more alike modules."""
     blocks: list[nn.Module] = []
-    for module in model.modules():
-        children = list(module) if isinstance(module, nn.ModuleList) else []
-        nested = any(child is block for child in children for block in blocks)
-        inside = any(module is inner for block in blocks for inner in block.modules())
-        if len(children) > 1 and len({type(child) for child in children}) == 1 and not nested and not inside:
-            blocks.extend(children)
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # from the outside inwards
+        alike = isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(child) for child in module}) == 1
+        if alike and module not in inside:
+            for block in module.children():
+                blocks.append(block)
+                inside.update(block.modules())
     return blocks
 
 
-def _set_dropout(network: Any, dropout: float) -> None:
-    # transformers names them hidden_dropout_prob, attention_dropout, classifier_dropout, resid_pdrop, …
-    for name, value in vars(network).items():
-        is_rate = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-        if is_rate and re.search(r"dropout|pdrop|drop_path|layerdrop", name):
+def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """Where a model lies, and what `from_pretrained` is to be told beside."""
+    source = locate(config.name)
+    if Path(source).is_dir():
+        if config.revision is not None:
+            raise ConfigError("--model.revision has no effect on a folder or a sample", "Drop it, or name a hub id.")
+        return source, {}
+    return source, {"revision": config.revision, "local_files_only": not _hub_has(source, config.revision)}
+
+
+@functools.cache
+def _hub_has(name: str, revision: str | None) -> bool:
+    """Whether the hub answers for this model. transformers alone would ask a silent hub for minutes, file by file.
+
+    Raises:
+        ModelError: it answers that there is no such model or revision, or none for this user.
+    """
+    answer: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(name, revision=revision, timeout=HUB_PATIENCE / 2)
+            answer.append(None)
+        except Exception as error:  # handed over to the caller's thread
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, name="ask the hub", daemon=True)
+    thread.start()
+    thread.join(HUB_PATIENCE)
+    if answer and isinstance(answer[0], (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)):
+        raise ModelError(
+            f"the hub has no model {name}{f' with revision {revision}' if revision else ''} for you: "
+            f"{_first_line(answer[0])}",
+            f"Check --model.name and --model.revision. {_OTHER_MODELS}",
+        )
+    return answer == [None]
+
+
+def _check_body(config: ModelConfig, model: Any, missing: Iterable[str]) -> None:
+    """Refuse weights that are not those of this network: only the head (and what pools for it) may be new."""
+    body = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+    if body:
+        raise ModelError(
+            f"the weights of --model.name {config.name} lack {len(body)} tensors of the network that its config.json "
+            f"describes, or hold them in other sizes: {', '.join(sorted(body)[:3])}, …",
+            "Get the model again, or begin without its weights: --model.init random.",
+        )
+
+
+def _set_dropout(network: PreTrainedConfig, dropout: float) -> None:
+    """Set every rate in a network's configuration and in those inside of it."""
+    for name, value in list(vars(network).items()):
+        if isinstance(value, PreTrainedConfig):
+            _set_dropout(value, dropout)
+        # transformers names them hidden_dropout_prob, attention_dropout, classifier_dropout, resid_pdrop, … Those
+        # that skip whole layers are switched off with them, but they are no dropout to be switched on.
+        elif _is_rate(value) and (re.search("dropout|pdrop", name) or (dropout == 0 and re.search("layerdrop", name))):
             setattr(network, name, dropout)
 
 
+def _is_rate(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
 def _unreadable(config: ModelConfig, what: str, error: Exception) -> ModelError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ModelError(
-        f"no {what} could be loaded from --model.name {config.name}: {first}",
-        "Name a folder with config.json, weights and a tokenizer, a hub id that this machine can reach, or one of "
-        + ", ".join("sample:" + name for name in samples.names("model"))
-        + ".",
+        f"no {what} could be loaded from --model.name {config.name}: {_first_line(error)}",
+        f"Name a folder with config.json, weights and a tokenizer, or a hub id that this machine can reach. "
+        f"{_OTHER_MODELS}",
     )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{lines[0][:300]}" if lines else type(error).__name__

@@ -10,6 +10,7 @@ or a missing column is told at once.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import sys
@@ -39,7 +40,9 @@ BATCHES_OF_A_WINDOW = 16
 TEXTS_FOR_A_BAR = 200
 
 _FILE_TYPES = (".txt", ".csv", ".tsv", ".jsonl")
-_VOCABULARIES = "tokenizer.json tokenizer.model spiece.model sentencepiece.bpe.model vocab.txt vocab.json".split()
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json"),
+)
 _FALLBACK_LENGTH = 512
 _LABEL_WIDTH = 30
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -512,10 +515,10 @@ def run(arguments: Namespace) -> int:
         with _sink(arguments, classifier, total) as sink, _bar(total) as bar:
             advance = partial(bar.advance, bar.task_ids[0])
             for window in classifier.stream(texts, batch=arguments.batch, on_batch=advance):
+                done += len(window)
                 bar.stop()
                 sink.write(window)
                 bar.start()
-                done += len(window)
     except KeyboardInterrupt:
         print(f"{done:,} texts were classified", file=sys.stderr)
         raise
@@ -582,6 +585,8 @@ def _count(word: str) -> int:
 
 
 class _Sink(Protocol):
+    """Writes a window in one piece, so that Ctrl-C finds it written or not."""
+
     def write(self, window: Sequence[Prediction]) -> None: ...
 
 
@@ -592,25 +597,33 @@ class _JsonLines:
         self._ascii = not (out.encoding or "").lower().startswith("utf")
 
     def write(self, window: Sequence[Prediction]) -> None:
-        for found in window:
-            scores = {label: _rounded(score) for label, score in found.top(self._top)}
-            line = {"text": found.text, "label": found.label, "score": _rounded(found.score), "scores": scores}
-            self._out.write(json.dumps(line, ensure_ascii=self._ascii) + "\n")
+        self._out.write("".join(map(self._line, window)))
         self._out.flush()
+
+    def _line(self, found: Prediction) -> str:
+        scores = {label: _rounded(score) for label, score in found.top(self._top)}
+        line = {"text": found.text, "label": found.label, "score": _rounded(found.score), "scores": scores}
+        return json.dumps(line, ensure_ascii=self._ascii) + "\n"
 
 
 class _Csv:
     def __init__(self, out: TextIO, top: int) -> None:
         self._out = out
         self._top = top
-        self._rows = csv.writer(out, lineterminator="\n")
         more = [f"{name}_{rank}" for rank in range(2, top + 1) for name in ("label", "score")]
-        self._rows.writerow(["text", "label", "score", *more])
+        self._write([["text", "label", "score", *more]])
 
     def write(self, window: Sequence[Prediction]) -> None:
-        for found in window:
-            pairs = ((label, _rounded(score)) for label, score in found.top(self._top))
-            self._rows.writerow([found.text, *(cell for pair in pairs for cell in pair)])
+        self._write([found.text, *self._cells(found)] for found in window)
+
+    def _cells(self, found: Prediction) -> Iterator[str | float]:
+        for label, score in found.top(self._top):
+            yield from (label, _rounded(score))
+
+    def _write(self, rows: Iterable[Sequence[str | float]]) -> None:
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows(rows)
+        self._out.write(lines.getvalue())
         self._out.flush()
 
 
@@ -679,8 +692,6 @@ def _bar(total: int | None) -> Progress:
         TimeRemainingColumn(compact=True),
         console=RichConsole(stderr=True),
         transient=True,
-        redirect_stdout=False,  # else the results would go to standard error
-        redirect_stderr=False,
         disable=not (many and sys.stderr.isatty()),
     )
     bar.add_task("", total=total)

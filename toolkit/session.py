@@ -9,36 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 import torch
-import transformers
 from torch import nn
 
-from toolkit.config import CheckpointConfig, OptimConfig, RunConfig, StrategyConfig, TrainConfig, parse, plain, to_yaml
+from toolkit.config import CheckpointConfig, OptimConfig, RunConfig, StrategyConfig, TrainConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate
-from toolkit.errors import USER_ERROR_EXIT_CODE, CheckpointError, ConfigError, ToolkitError
+from toolkit.errors import CheckpointError, ConfigError, ToolkitError
 from toolkit.models import parameter_counts
 from toolkit.optim import Schedule, adamw, build_schedule
 from toolkit.precision import choose_precision
 from toolkit.report import Console, RunFolder, Trackers, build_manifest, write_html
-from toolkit.requirements import check_versions
 from toolkit.strategies import choose_strategy
 from toolkit.tasks import Task
-from toolkit.world import main_process, world
-
-INTERRUPTED_EXIT_CODE = 130
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+from toolkit.world import world
 
 
 class RecipeConfig(Protocol):
@@ -69,39 +62,8 @@ class RecipeConfig(Protocol):
         """Folder, seed, reporting."""
 
 
-Settings = TypeVar("Settings", bound=RecipeConfig)
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
+class Interrupted(Exception):
     """All ranks have agreed to stop after a step, because a signal asked for it."""
-
-
-def start(main: Callable[[Settings], object], config_class: type[Settings], description: str) -> None:
-    """Run a recipe from the command line: parse, run, and turn a user's mistake into one screen and exit code 2."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    quiet = not main_process()
-    debug = any(a == "--run.debug=True" or (a, b) == ("--run.debug", "True") for a, b in _pairs(sys.argv))
-    try:
-        config = parse(config_class, description=description, quiet=quiet)
-        debug = config.run.debug
-        check_versions()
-        main(config)
-    except Interrupted:
-        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
-    except KeyboardInterrupt:
-        if not quiet:
-            print("interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
-    except ToolkitError as error:
-        if debug:
-            raise
-        Console(quiet).error(error)
-        if quiet:
-            # Rank 0 may not have met this one: name the rank, in one line.
-            print(f"[rank {os.environ['RANK']}] {type(error).__name__}: {error.message}", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE) from None
 
 
 @dataclass
@@ -133,7 +95,6 @@ class Session:
 
     schedule: Schedule
     total_steps: int
-    folder: RunFolder | None = None
 
     def __init__(self, recipe: str, config: RecipeConfig) -> None:
         self.recipe = recipe
@@ -153,6 +114,7 @@ class Session:
         if config.run.dir and config.run.name:
             raise ConfigError("--run.name has no effect beside --run.dir", "Drop one of the two.")
         _refuse_taken(self._folder_asked_for())
+        self._folder: RunFolder | None = None
         self._ready = False
         self._began = time.monotonic()
         self._report: dict[str, Any] = {"evaluations": [], "steps": 0}
@@ -162,11 +124,24 @@ class Session:
         self._training_seconds = 0.0
         self._samples = 0
 
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder; there after `setup` has begun."""
+        assert self._folder is not None, "the run's folder is made by setup"
+        return self._folder
+
     def __enter__(self) -> Self:
         return self
 
-    def loaders(self, task: Task, train: Any, validation: Any, test: Any) -> tuple[Loader, Loader, Loader]:
+    def loaders(
+        self, task: Task, train: Any, validation: Any, test: Any, *, workers: int = 0
+    ) -> tuple[Loader, Loader, Loader]:
         """Batches of the three splits for this rank; fixes how many steps the run has.
+
+        Args:
+            task: collates the samples, and reads the settings of the loss.
+            train, validation, test: Arrow data sets with a column `length`.
+            workers: processes that collate; 0 collates in this one.
 
         Raises:
             ConfigError: a setting that this task does not read, or a schedule that does not fit the run.
@@ -178,7 +153,7 @@ class Session:
         options: dict[str, Any] = {
             "rank": self.world.rank,
             "seed": self.config.run.seed,
-            "workers": getattr(getattr(self.config, "data", None), "workers", 0),
+            "workers": workers,
             "pin_memory": self.world.device.type == "cuda",
         }
         training = Loader(train, task.collate, self.shape, **options)
@@ -208,8 +183,10 @@ class Session:
         self.world.connect()
         self.world.same_on_all_ranks("the configuration", plain(self.config))
         self.world.same_on_all_ranks("the data", data_fingerprint)
-        self.world.same_on_all_ranks("the initial weights", [float(p.detach().double().sum()) for p in model.parameters()])
-        self.folder = RunFolder(self.world.on_main(self._open_folder))
+        self.world.same_on_all_ranks(
+            "the initial weights", [float(p.detach().double().sum()) for p in model.parameters()]
+        )
+        self._folder = RunFolder(self.world.on_main(self._open_folder))
         total, trainable = parameter_counts(model)
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim))
         self._trackers = Trackers(
@@ -259,7 +236,8 @@ class Session:
                     raise Interrupted
                 if self._stale():
                     self.console.note(
-                        f"early stopping after step {step.number}: no lower validation loss since step {self._best.step}"
+                        f"early stopping after step {step.number}: "
+                        f"no lower validation loss since step {self._best.step}"
                     )
                     break
 
@@ -284,7 +262,7 @@ class Session:
             self._skipped += not result.applied
             line |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
             more |= {"skipped": self._skipped, "scale": result.loss_scale}
-        if self.world.main and self.folder:
+        if self.world.main:
             self.folder.append_metrics([line])
             if step.number % self.config.run.log_every == 0 or step.number == self.total_steps:
                 self._trackers.log({f"train/{key}": line[key] for key in ("loss", "grad_norm", "lr")}, step.number)
@@ -320,7 +298,6 @@ class Session:
             majority: share of its most frequent label.
             save: what else belongs into the model's folder (a tokenizer): anything with `save_pretrained`.
         """
-        assert self.folder is not None
         self._save_model(save)
         command = f'toolkit predict {self.folder.path} "TEXT"' if self.config.checkpoint.save_model else ""
         self._report |= {"before": before, "test": test, "majority": majority, "predict": command}
@@ -340,7 +317,7 @@ class Session:
     ) -> None:
         """Leave a partial report where something ended the run, and part from the other ranks where all agree."""
         self.console.close()
-        if error is not None and self.folder is not None and self.world.main and "test" not in self._report:
+        if error is not None and self._folder is not None and self.world.main and "test" not in self._report:
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
             with contextlib.suppress(ToolkitError):
                 self._close_report("interrupted" if stopped else "failed", str(error))
@@ -376,7 +353,6 @@ class Session:
     def _plan_rows(
         self, plan: Mapping[str, Mapping[str, str]], total: int, trainable: int
     ) -> dict[str, dict[str, str]]:
-        assert self.folder is not None
         rows = {section: dict(values) for section, values in plan.items()}
         rows.setdefault("model", {})["parameters"] = f"{total:,}, {trainable:,} trainable"
         effective, shape, schedule = self.strategy.effective(), self.shape, self.schedule
@@ -388,7 +364,8 @@ class Session:
         }
         rows["training"] = {
             "steps": f"{self.total_steps:,} ({self.total_steps / self._train.steps_per_epoch:.2f} epochs)",
-            "batch": f"{shape.global_batch} = {shape.micro_batch} × {shape.accumulation} accumulated × {shape.ranks} ranks",
+            "batch": f"{shape.global_batch} = {shape.micro_batch} × {shape.accumulation} accumulated "
+            f"× {shape.ranks} ranks",
             "optimizer": f"{effective['optimizer']}, weight decay {self.config.optim.weight_decay:g}, "
             f"gradients clipped to {self.config.train.max_grad_norm or 'nothing'}",
             "learning rate": f"{schedule.kind} from {schedule.peak:g}, {schedule.warmup_steps} steps of warm-up",
@@ -398,7 +375,6 @@ class Session:
         return rows
 
     def _write_manifest(self, data_fingerprint: str) -> None:
-        assert self.folder is not None
         launcher = self.world.launcher
         effective = self.strategy.effective() | {
             "total_steps": self.total_steps,
@@ -430,14 +406,12 @@ class Session:
             self._report["error"] = error
 
     def _write_report(self) -> None:
-        assert self.folder is not None
         self.folder.write_report(self._report)
         write_html(self.folder.path)
 
     def _save_model(self, beside: Any = None) -> None:
         if not self.config.checkpoint.save_model:
             return
-        assert self.folder is not None
         weights, target = self.strategy.weights(), self.folder.path / "model"
 
         def save() -> None:
@@ -486,7 +460,3 @@ def _refuse_taken(folder: Path | None) -> None:
 
 def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if isinstance(value, float)}
-
-
-def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    return zip(arguments, [*arguments[1:], ""], strict=True)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from toolkit.environment import Launcher, Ranks, cpu_asked_for, is_main_rank
+from toolkit.environment import Launcher, Ranks, cpu_asked_for
 from toolkit.errors import LaunchError, ToolkitError
 
 T = TypeVar("T")
@@ -142,9 +142,6 @@ def world(environment: Mapping[str, str] | None = None) -> World:
     launcher, ranks = Launcher.read(environment), Ranks.read(environment)
     device = _device(ranks.local_rank, cpu=cpu_asked_for(environment))
     return World(ranks.rank, ranks.size, ranks.local_rank, ranks.local_size, device, launcher)
-
-
-main_process = is_main_rank
 
 
 def _device(local_rank: int, *, cpu: bool) -> torch.device:

@@ -50,7 +50,7 @@ def environment() -> dict[str, str]:
 def recipe(argv: list[str], cwd: str) -> tuple[int, str]:
     """The recipe's command line in this process (a forked one): exit code and all that it printed."""
     from recipes import bert_cls
-    from toolkit.session import start as start_recipe
+    from toolkit.start import start as start_recipe
 
     os.chdir(cwd)
     sys.argv = [str(RECIPE), *argv]

@@ -56,7 +56,8 @@ def test_launch(name: str, tiny_job: list[str], runs: dict[str, Path], tmp_path:
     assert {"step", "loss", "grad_norm", "lr", "units", "samples_seen"} <= set(metrics[0])
     assert metrics[-1]["samples_seen"] == 9 * 12
     assert report["status"] == "finished"
-    assert report["test"]["accuracy"] > report["majority"]
+    assert report["test"]["units"] == report["before"]["units"] == 24
+    assert report["test"]["loss"] < report["before"]["loss"]
     assert {"accuracy", "macro_f1", "macro_precision", "macro_recall", "loss"} <= set(report["before"])
     assert (folder / "report.html").stat().st_size > 10_000
     if name != "single":
@@ -78,7 +79,8 @@ def test_what_is_shown(tiny_job: list[str], tmp_path: Path) -> None:
 
 def test_the_saved_model_is_the_trained_one(tiny_job: list[str], texts_csv: Path, tmp_path: Path) -> None:
     """Reloaded with transformers, it reaches the accuracy that the run reported on the held-out texts."""
-    code, text = on_ranks(recipe, 2, [*tiny_job, "--strategy.name", "fsdp", "--run.dir", "run"], str(tmp_path))[0]
+    options = [*tiny_job, "--train.steps", "40", "--strategy.name", "fsdp", "--run.dir", "run"]
+    code, text = on_ranks(recipe, 2, options, str(tmp_path))[0]
     assert code == 0, text
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
@@ -91,7 +93,7 @@ def test_the_saved_model_is_the_trained_one(tiny_job: list[str], texts_csv: Path
         predicted = model(**batch).logits.argmax(-1).tolist()
     right = sum(model.config.id2label[p] == label for p, (_, label) in zip(predicted, rows, strict=True)) / len(rows)
     assert right == pytest.approx(report["test"]["accuracy"], abs=0.15)
-    assert right > report["majority"] + 0.2
+    assert right > report["majority"] + 0.4
 
 
 def test_runs_are_numbered(tiny_job: list[str], tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ SHIPPED = {
         ),
     ),
     "gpu_ddp": Start(
-        8, "ddp", comment=_comment("gpu_ddp", "DDP over the GPUs of one node.", "8 GPUs (or --num_processes N)", "`ddp`")
+        8,
+        "ddp",
+        comment=_comment("gpu_ddp", "DDP over the GPUs of one node.", "8 GPUs (or --num_processes N)", "`ddp`"),
     ),
     "gpu_fsdp": Start(
         8,

@@ -98,7 +98,7 @@ class Loader:
     """Batches of an Arrow data set for one rank.
 
     Args:
-        dataset: rows by index; `dataset[[3, 5]]` gives columns.
+        dataset: rows by index, one at least; `dataset[[3, 5]]` gives columns.
         collate: columns, and whether they are filler, to a batch (a task's method).
         shape: of the batches, over how many ranks.
         rank: this one.
@@ -118,6 +118,7 @@ class Loader:
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        assert len(dataset) > 0, "without rows there is no next step to wait for"
         self.dataset = dataset
         self.shape = shape
         self.rank = rank

@@ -27,16 +27,17 @@ def plan_rows(data: TextClassification, max_length: int) -> dict[str, str]:
 def report_facts(data: TextClassification, max_length: int) -> dict[str, Any]:
     """The data's part of report.json."""
     facts = data.facts
-    edges = facts["token_lengths"]["edges"]
+    histograms = {split: counts for split, counts in facts["token_lengths"].items() if split != "edges"}
+    # The last bin is open: close it, and leave out what lies beyond the longest sample.
+    edges = [*facts["token_lengths"]["edges"], 2 * facts["token_lengths"]["edges"][-1]]
+    bins = 1 + max(i for counts in histograms.values() for i, count in enumerate(counts) if count)
     return {
         "source": facts["source"],
         "fingerprint": data.fingerprint,
         "counts": facts["samples"],
         "dropped": _dropped(data),
         "lengths": {
-            split: {"edges": edges, "counts": counts}
-            for split, counts in facts["token_lengths"].items()
-            if split != "edges"
+            split: {"edges": edges[: bins + 1], "counts": counts[:bins]} for split, counts in histograms.items()
         },
         "max_length": max_length,
         "truncated": facts["truncated"],

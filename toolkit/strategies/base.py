@@ -187,7 +187,7 @@ class TorchStrategy(Strategy):
     def backward(self, loss: torch.Tensor) -> None:
         """Scale for fp16 and for the wrapper's average, then backpropagate."""
         ranks = self.world.size if self.averages_over_ranks else 1
-        (loss * (ranks * self.scaler.scale)).backward()
+        (loss * (ranks * self.scaler.scale)).backward()  # type: ignore[no-untyped-call]
 
     def update(self, learning_rate: float) -> Update:
         """Unscale and clip in one multiplication, then step."""

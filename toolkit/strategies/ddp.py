@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.strategies.base import Layout, TorchStrategy
 
-
 # No buffer here changes in training, so sending them before each forward would be waste. torch 2.13 renamed the option.
 _SYNC_BUFFERS = (
     "forward_sync_buffers"
@@ -36,9 +35,8 @@ class DDP(TorchStrategy):
     def wrap(self, model: nn.Module) -> nn.Module:
         """Gradients live in the buckets that are reduced, so they are not copied."""
         devices = [self.world.device] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False}
-        )
+        options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, _SYNC_BUFFERS: False}
+        return DistributedDataParallel(model, **options)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Reduce once a step."""
@@ -47,7 +45,8 @@ class DDP(TorchStrategy):
     @property
     def module(self) -> nn.Module:
         """What DDP wraps."""
-        return self.model.module
+        module: nn.Module = self.model.module
+        return module
 
     def effective(self) -> dict[str, Any]:
         """With what DDP itself says of its group."""

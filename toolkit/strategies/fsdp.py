@@ -66,14 +66,17 @@ class FSDP(TorchStrategy):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Gathered tensor by tensor to the CPU of rank 0."""
+        if self.world.size == 1:
+            return super().weights()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.model, options=options) if self.world.size > 1 else super().weights()  # type: ignore[arg-type]
+        state: dict[str, Any] = dict(get_model_state_dict(self.module, options=options))
+        return state
 
     def effective(self) -> dict[str, Any]:
         """With the mesh and the share of the parameters that this rank holds, read from its DTensors."""
         shards = [p for p in self.module.parameters() if isinstance(p, DTensor)]
         mesh = shards[0].device_mesh
-        policy = fully_shard.state(self.model)._mp_policy  # type: ignore[attr-defined,arg-type]
+        policy = fully_shard.state(self.model)._mp_policy  # type: ignore[attr-defined]
         return super().effective() | {
             "mesh": list(mesh.shape),
             "placements": [str(placement) for placement in shards[0].placements],

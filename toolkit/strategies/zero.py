@@ -283,12 +283,13 @@ class Zero(Strategy):
         config.setdefault("steps_per_print", 2**31)
         return config
 
-    def _zero_section(self, section: Any, path: Path | None) -> dict[str, Any]:
-        if not isinstance(section, dict):
-            raise ConfigError(f"'zero_optimization' in {path} must be an object, not {section!r}")
-        _agree(section.get("stage"), self.stage, "zero_optimization.stage", path)
+    def _zero_section(self, content: Any, path: Path | None) -> dict[str, Any]:
+        if not isinstance(content, dict):
+            raise ConfigError(f"'zero_optimization' in {path} must be an object, not {content!r}")
+        _agree(content.get("stage"), self.stage, "zero_optimization.stage", path)
         # "auto" means "leave it to the recipe", which leaves it to DeepSpeed's default.
-        section = dict[str, Any](item for item in section.items() if item[1] != "auto") | {"stage": self.stage}
+        section: dict[str, Any] = {key: value for key, value in content.items() if value != "auto"}
+        section["stage"] = self.stage
         for key, value in section.items():
             for_stage_3 = key.startswith("stage3_") and self.stage != 3
             if for_stage_3 or key.startswith("cpu_offload") or (key, value) == ("compute_grad_norm", False):

@@ -1,0 +1,270 @@
+"""The order of the samples and their way to the ranks, over all small cases rather than a few chosen ones."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from toolkit.data.loader import BatchShape, Loader, batch_shape, deal, epoch_order
+from toolkit.errors import ConfigError
+
+WORLDS = range(1, 6)
+
+
+class Rows:
+    """A data set whose rows are their numbers; long enough texts of it stand first in an evaluation."""
+
+    def __init__(self, count: int) -> None:
+        self.lengths = [(7 * row) % 5 for row in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        assert index == "length" or isinstance(index, list)
+        return self.lengths if index == "length" else {"id": index}
+
+
+def collate(columns: Mapping[str, Sequence[Any]], empty: bool) -> list[Any]:
+    return [list(columns["id"]), empty]
+
+
+def shapes() -> Iterator[BatchShape]:
+    """Every way to cut up to three samples a micro-batch and three micro-batches over up to five ranks."""
+    for ranks, micro_batch, accumulation in itertools.product(WORLDS, (1, 2, 3), (1, 2, 3)):
+        yield BatchShape(ranks * micro_batch * accumulation, micro_batch, accumulation, ranks)
+
+
+def loaders(count: int, shape: BatchShape, seed: int = 0) -> list[Loader]:
+    return [Loader(Rows(count), collate, shape, rank=rank, seed=seed) for rank in range(shape.ranks)]
+
+
+def real(forwards: list[Any]) -> list[int]:
+    """The rows that count, of the micro-batches of one rank."""
+    return [row for rows, empty in forwards if not empty for row in rows]
+
+
+# The order.
+
+
+def test_order_is_a_permutation() -> None:
+    for samples in (1, 2, 7, 100):
+        assert sorted(epoch_order(3, 5, samples).tolist()) == list(range(samples))
+
+
+def test_order_is_a_pure_function() -> None:
+    code = "from toolkit.data.loader import epoch_order; print(epoch_order(3, 5, 50).tolist())"
+    np.random.seed(99)
+    here = epoch_order(3, 5, 50).tolist()
+    np.random.seed(1)
+    assert epoch_order(3, 5, 50).tolist() == here
+    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert elsewhere.stdout.strip() == str(here)
+
+
+def test_order_never_changes_between_releases() -> None:
+    """A run that is resumed with a newer version must go on in the order that it began with."""
+    assert epoch_order(0, 0, 10).tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
+    assert epoch_order(0, 1, 10).tolist() == [9, 1, 3, 8, 7, 6, 0, 4, 2, 5]
+    assert epoch_order(7, 0, 10).tolist() == [8, 0, 7, 1, 3, 6, 2, 4, 5, 9]
+
+
+def test_seeds_and_epochs_have_orders_of_their_own() -> None:
+    orders = {tuple(epoch_order(seed, epoch, 50)) for seed in range(10) for epoch in range(10)}
+    assert len(orders) == 100
+
+
+# Dealing.
+
+
+def test_every_row_is_dealt_to_one_rank_and_all_ranks_do_as_many_forwards() -> None:
+    cases = 0
+    for shape in shapes():
+        for count in range(1, shape.global_batch + 1):
+            rows = list(range(100, 100 + count))
+            dealt = [deal(rows, shape, rank) for rank in range(shape.ranks)]
+            assert sorted(itertools.chain.from_iterable(map(real, dealt))) == rows
+            (forwards,) = {len(forwards) for forwards in dealt}
+            # No more than the largest share needs, so that a ragged step is no longer than it must be.
+            assert forwards == math.ceil(math.ceil(count / shape.ranks) / shape.micro_batch) <= shape.accumulation
+            shares = [len(real(forwards)) for forwards in dealt]
+            assert max(shares) - min(shares) <= 1
+            for rows_of_one, empty in itertools.chain.from_iterable(dealt):
+                assert 1 <= len(rows_of_one) <= shape.micro_batch
+                assert set(rows_of_one) <= set(rows)
+                assert not empty or len(rows_of_one) == 1
+            cases += 1
+    assert cases > 500
+
+
+def test_whole_step_has_whole_micro_batches() -> None:
+    for shape in shapes():
+        rows = list(range(shape.global_batch))
+        for rank in range(shape.ranks):
+            forwards = deal(rows, shape, rank)
+            assert [len(rows_of_one) for rows_of_one, _ in forwards] == [shape.micro_batch] * shape.accumulation
+            assert not any(empty for _, empty in forwards)
+
+
+def test_dealing_by_hand() -> None:
+    shape = BatchShape(12, 2, 2, 3)
+    assert deal([10, 11, 12, 13, 14, 15, 16], shape, 0) == [([10, 13], False), ([16], False)]
+    assert deal([10, 11, 12, 13, 14, 15, 16], shape, 1) == [([11, 14], False), ([10], True)]
+    assert deal([10, 11, 12, 13, 14, 15, 16], shape, 2) == [([12, 15], False), ([10], True)]
+
+
+# Steps.
+
+
+def test_steps_are_the_order_cut_whatever_the_ranks() -> None:
+    for shape in shapes():
+        for count in (shape.global_batch, 2 * shape.global_batch + 1, 3 * shape.global_batch - 1):
+            steps_per_epoch = math.ceil(count / shape.global_batch)
+            total = 2 * steps_per_epoch + 1
+            seen = 0
+            for number, ranks in enumerate(
+                zip(*(loader.steps(total) for loader in loaders(count, shape, seed=4)), strict=True), start=1
+            ):
+                epoch, index = divmod(number - 1, steps_per_epoch)
+                order = epoch_order(4, epoch, count).tolist()
+                rows = order[index * shape.global_batch : (index + 1) * shape.global_batch]
+                seen += len(rows)
+                assert Counter(itertools.chain.from_iterable(real(s.micro_batches) for s in ranks)) == Counter(rows)
+                assert {(s.number, s.epoch, s.samples, s.samples_seen) for s in ranks} == {
+                    (number, epoch, len(rows), seen)
+                }
+                assert len({len(s.micro_batches) for s in ranks}) == 1
+            assert number == total
+
+
+def test_every_sample_is_seen_once_an_epoch() -> None:
+    shape = BatchShape(12, 2, 2, 3)
+    per_epoch: dict[int, list[int]] = {}
+    for loader in loaders(31, shape):
+        for step in loader.steps(2 * loader.steps_per_epoch):
+            per_epoch.setdefault(step.epoch, []).extend(real(step.micro_batches))
+    assert {epoch: sorted(rows) for epoch, rows in per_epoch.items()} == {0: list(range(31)), 1: list(range(31))}
+
+
+def test_steps_go_on_where_they_were_left() -> None:
+    for shape in (BatchShape(4, 4, 1, 1), BatchShape(12, 2, 2, 3)):
+        for loader in loaders(31, shape):
+            whole = list(loader.steps(9))
+            assert [step.number for step in whole] == list(range(1, 10))
+            for done in range(10):
+                assert list(loader.steps(9, from_step=done)) == whole[done:]
+
+
+def test_steps_go_on_over_other_ranks() -> None:
+    """What three ranks have not seen after step 4, five ranks see, and nothing else."""
+    before, after = batch_shape(30, 2, 3), batch_shape(30, 3, 5)
+    rows: list[int] = []
+    for loader in loaders(200, before):
+        rows.extend(row for step in loader.steps(4) for row in real(step.micro_batches))
+    for loader in loaders(200, after):
+        rows.extend(row for step in loader.steps(7, from_step=4) for row in real(step.micro_batches))
+    assert sorted(rows) == list(range(200))
+
+
+def test_steps_per_epoch() -> None:
+    for count, global_batch, steps in ((1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2)):
+        assert Loader(Rows(count), collate, BatchShape(global_batch, 4, 1, 1)).steps_per_epoch == steps
+
+
+# One pass.
+
+
+def test_one_pass_gives_each_row_once_over_all_ranks() -> None:
+    for ranks, micro_batch, count in itertools.product(WORLDS, (1, 2, 3, 8), range(1, 26)):
+        shape = BatchShape(0, micro_batch, 1, ranks)
+        passes = [list(loader.once()) for loader in loaders(count, shape)]
+        assert sorted(itertools.chain.from_iterable(map(real, passes))) == list(range(count))
+        assert {len(forwards) for forwards in passes} == {math.ceil(count / (micro_batch * ranks))}
+        assert loaders(count, shape)[0].forwards_of_one_pass == len(passes[0])
+
+
+def test_one_pass_puts_like_lengths_together() -> None:
+    (loader,) = loaders(25, BatchShape(0, 5, 1, 1))
+    lengths = [[loader.dataset.lengths[row] for row in rows] for rows, _ in loader.once()]
+    assert lengths == [[4] * 5, [3] * 5, [2] * 5, [1] * 5, [0] * 5]
+
+
+# Workers.
+
+
+@functools.cache
+def arrow() -> Dataset:
+    return Dataset.from_dict({"id": list(range(23)), "length": [row % 4 for row in range(23)]})
+
+
+def test_workers_change_nothing() -> None:
+    for rank in range(2):
+        plain, forked = (
+            Loader(arrow(), collate, BatchShape(6, 2, 2, 2), rank=rank, seed=1, workers=workers) for workers in (0, 2)
+        )
+        assert list(forked.steps(5, from_step=2)) == list(plain.steps(5, from_step=2))
+        assert list(forked.once()) == list(plain.once())
+
+
+def test_arrow_data_set_gives_the_rows() -> None:
+    (step,) = Loader(arrow(), collate, BatchShape(6, 3, 2, 1), seed=1).steps(1)
+    order = epoch_order(1, 0, 23).tolist()
+    assert step.micro_batches == [[order[:3], False], [order[3:6], False]]
+
+
+def test_no_data_is_a_defect() -> None:
+    with pytest.raises(AssertionError):
+        Loader(Rows(0), collate, BatchShape(6, 3, 2, 1))
+
+
+# The shape of a batch.
+
+
+def test_shape_is_the_product() -> None:
+    for ranks in WORLDS:
+        for share in range(1, 70):
+            shape = batch_shape(ranks * share, None, ranks)
+            assert shape.micro_batch * shape.accumulation * shape.ranks == shape.global_batch == ranks * share
+            # The largest divisor up to 32.
+            assert shape.micro_batch == max(size for size in range(1, 33) if share % size == 0)
+
+
+def test_shape_as_asked() -> None:
+    assert batch_shape(48, 4, 3) == BatchShape(48, 4, 4, 3)
+    assert batch_shape(128, None, 1) == BatchShape(128, 32, 4, 1)
+    assert batch_shape(128, 128, 1) == BatchShape(128, 128, 1, 1)
+    assert batch_shape(37, None, 1) == BatchShape(37, 1, 37, 1)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "ranks", "message", "remedy"),
+    [
+        (32, None, 3, "--train.global_batch 32 cannot be divided over 3 ranks", "Use 30 or 33, or another number"),
+        (2, None, 3, "--train.global_batch 2 cannot be divided over 3 ranks", "Use 3, or another number"),
+        (
+            32,
+            3,
+            2,
+            "32 over 2 ranks is 16 samples a rank, which --train.micro_batch 3 does not divide",
+            "1, 2, 4, 8, 16",
+        ),
+        (32, 32, 2, "16 samples a rank, which --train.micro_batch 32 does not divide", "Use a micro-batch of 1, 2, 4"),
+    ],
+)
+def test_shapes_that_cannot_be(
+    global_batch: int, micro_batch: int | None, ranks: int, message: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        batch_shape(global_batch, micro_batch, ranks)
+    assert message in caught.value.message
+    assert remedy in caught.value.remedy

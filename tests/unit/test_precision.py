@@ -1,0 +1,119 @@
+"""Number formats: which one is taken, and the loss scale of fp16."""
+
+from __future__ import annotations
+
+import math
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from toolkit.errors import ConfigError
+from toolkit.precision import INITIAL_LOSS_SCALE, MINIMUM_LOSS_SCALE, LossScaler, Precision, choose_precision, has_bf16
+from toolkit.world import World, world
+
+CPU = torch.device("cpu")
+
+
+def launched_with(mixed_precision: str) -> World:
+    return world({"ACCELERATE_MIXED_PRECISION": mixed_precision, "ACCELERATE_USE_CPU": "true"})
+
+
+# Which one.
+
+
+@pytest.mark.parametrize(
+    ("requested", "launcher", "name", "reason"),
+    [
+        ("fp32", "no", "fp32", "as asked"),
+        ("bf16", "no", "bf16", "as asked"),
+        ("fp16", "no", "fp16", "as asked"),
+        ("auto", "bf16", "bf16", "the launcher's --mixed_precision"),
+        ("auto", "fp16", "fp16", "the launcher's --mixed_precision"),
+        ("bf16", "bf16", "bf16", "the launcher's --mixed_precision"),
+    ],
+)
+def test_command_line_and_launcher(requested: str, launcher: str, name: str, reason: str) -> None:
+    assert choose_precision(requested, launched_with(launcher)) == Precision(name, reason)
+
+
+@pytest.mark.parametrize(("requested", "launcher"), [("fp32", "bf16"), ("bf16", "fp16"), ("fp16", "bf16")])
+def test_contradiction_names_both(requested: str, launcher: str) -> None:
+    message = f"--precision {requested} contradicts the launcher's --mixed_precision {launcher}"
+    with pytest.raises(ConfigError, match=message) as caught:
+        choose_precision(requested, launched_with(launcher))
+    assert caught.value.remedy == "Drop one of the two."
+
+
+def test_auto_goes_by_the_hardware() -> None:
+    taken = choose_precision("auto", launched_with("no"))
+    assert taken.name == ("bf16" if has_bf16(CPU) else "fp32")
+    assert taken.reason.startswith("auto: the hardware")
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="reads /proc/cpuinfo")
+def test_bf16_of_this_cpu() -> None:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next(line for line in lines if line.startswith("flags")).split()
+    assert has_bf16(CPU) is bool({"avx512_bf16", "amx_bf16"} & set(flags))
+
+
+# What it does.
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "reduced"),
+    [("fp32", torch.float32, False), ("bf16", torch.bfloat16, True), ("fp16", torch.float16, True)],
+)
+def test_products_run_in_the_format_and_losses_in_fp32(name: str, dtype: torch.dtype, reduced: bool) -> None:
+    precision = Precision(name)
+    assert (precision.dtype, precision.reduced) == (dtype, reduced)
+    weight = torch.ones(4, 4, requires_grad=True)
+    with precision.autocast(CPU):
+        product = torch.ones(2, 4) @ weight
+        loss = torch.nn.functional.cross_entropy(product, torch.tensor([0, 1]))
+    loss.backward()
+    assert product.dtype == dtype
+    assert loss.dtype == torch.float32
+    assert weight.dtype == torch.float32
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
+# The loss scale.
+
+
+def test_scale_halves_when_the_norm_is_not_finite_and_the_step_is_skipped() -> None:
+    scaler = LossScaler(enabled=True)
+    assert scaler.scale == INITIAL_LOSS_SCALE == 65536
+    for norm, scale in ((math.inf, 32768), (math.nan, 16384), (-math.inf, 8192)):
+        assert scaler.update(norm) is False
+        assert scaler.scale == scale
+    assert scaler.update(1.0) is True
+    assert scaler.scale == 8192
+
+
+def test_scale_doubles_after_so_many_good_steps_in_a_row() -> None:
+    scaler = LossScaler(enabled=True, scale=8.0, growth_interval=3)
+    scales = []
+    for norm in (1.0, 1.0, math.inf, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+        scaler.update(norm)
+        scales.append(scaler.scale)
+    #               the interval begins anew ↓                 ↓ and again
+    assert scales == [8.0, 8.0, 4.0, 4.0, 4.0, 8.0, 8.0, 8.0, 16.0, 16.0]
+
+
+def test_scale_never_falls_below_the_minimum() -> None:
+    scaler = LossScaler(enabled=True, scale=4.0)
+    scales = []
+    for _ in range(5):
+        assert scaler.update(math.nan) is False
+        scales.append(scaler.scale)
+    assert scales == [2.0, MINIMUM_LOSS_SCALE, MINIMUM_LOSS_SCALE, MINIMUM_LOSS_SCALE, MINIMUM_LOSS_SCALE]
+
+
+def test_disabled_scaler_scales_nothing_and_never_skips() -> None:
+    scaler = LossScaler(enabled=False)
+    assert [scaler.update(norm) for norm in (1.0, math.inf, math.nan)] == [True, True, True]
+    assert scaler.scale == 1.0

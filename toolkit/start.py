@@ -1,0 +1,54 @@
+"""Start a recipe from the command line: parse, run, and turn a user's mistake into one screen and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import transformers
+
+from toolkit.config import parse
+from toolkit.environment import is_main_rank, rank_name
+from toolkit.errors import USER_ERROR_EXIT_CODE, ToolkitError
+from toolkit.report import Console
+from toolkit.requirements import check_versions
+from toolkit.session import Interrupted, RecipeConfig
+
+INTERRUPTED_EXIT_CODE = 130
+
+Settings = TypeVar("Settings", bound=RecipeConfig)
+
+
+def start(main: Callable[[Settings], object], config_class: type[Settings], description: str) -> None:
+    """Run `main` with the settings that the command line gives.
+
+    Raises:
+        SystemExit: with code 2 after a user's mistake (with `--run.debug True` the error itself is raised), 130 after
+            an interruption.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    debug = False
+    try:
+        check_versions()
+        config = parse(config_class, description=description, quiet=not is_main_rank())
+        debug = config.run.debug
+        main(config)
+    except (Interrupted, KeyboardInterrupt):
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+    except ToolkitError as error:
+        if debug:
+            raise
+        show(error)
+        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+
+
+def show(error: ToolkitError) -> None:
+    """The error in one screen on rank 0, in one line on the others, which may have met another one."""
+    if is_main_rank():
+        Console().error(error)
+    else:
+        print(f"[rank {rank_name()}] {type(error).__name__}: {error.message}", file=sys.stderr)
