@@ -80,7 +80,7 @@ def measure(config: Config, total: int) -> tuple[list[float], list[float]]:
         session.console.quiet = True
         model = load_classifier(config.model, data.labels, seed=0)
         train, _, _ = session.loaders(task, data.train, data.validation, data.test)
-        session.setup(model, data_fingerprint=data.fingerprint, plan={})
+        session.setup(model, tokenizer=tokenizer, data_fingerprint=data.fingerprint, plan={})
         bare = bare_loop(config, data, tokenizer, session.schedule)
         ours_times, bare_times = [], []
         steps = session.steps(train)

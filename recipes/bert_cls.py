@@ -54,7 +54,7 @@ def main(config: Config) -> None:
             task, data.train, data.validation, data.test, workers=config.data.workers
         )
         plan = {"model": {"name": config.model.name}, "data": plan_rows(data, config.data.max_length)}
-        session.setup(model, data_fingerprint=data.fingerprint, plan=plan)
+        session.setup(model, tokenizer=tokenizer, data_fingerprint=data.fingerprint, plan=plan)
         session.describe(labels=data.labels, data=report_facts(data, config.data.max_length))
         session.console.label_balance(data.facts["samples"])
         for warning in data.facts["warnings"]:
@@ -68,7 +68,7 @@ def main(config: Config) -> None:
             if session.evaluation_due(step):
                 session.log_evaluation(step, session.evaluate(validation, "validation"))
         after = session.evaluate(test, "test")
-        session.finish(before=before, test=after, majority=majority(data), save=tokenizer)
+        session.finish(before=before, test=after, majority=majority(data))
 
 
 if __name__ == "__main__":

@@ -168,11 +168,14 @@ class Session:
             Loader(test, task.collate, evaluation, **options),
         )
 
-    def setup(self, model: nn.Module, *, data_fingerprint: str, plan: Mapping[str, Mapping[str, str]]) -> None:
-        """Connect the ranks, open the run's folder, lay the model over the ranks and show the plan.
+    def setup(
+        self, model: nn.Module, *, tokenizer: Any, data_fingerprint: str, plan: Mapping[str, Mapping[str, str]]
+    ) -> None:
+        """Connect the ranks, lay the model over them, open the run's folder and show the plan.
 
         Args:
             model: in fp32, equal on all ranks.
+            tokenizer: saved beside the model.
             data_fingerprint: equal on all ranks.
             plan: sections of the plan that the recipe knows (model, data).
 
@@ -186,9 +189,10 @@ class Session:
         self.world.same_on_all_ranks(
             "the initial weights", [float(p.detach().double().sum()) for p in model.parameters()]
         )
-        self._folder = RunFolder(self.world.on_main(self._open_folder))
         total, trainable = parameter_counts(model)
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim))
+        self._tokenizer = tokenizer
+        self._folder = RunFolder(self.world.on_main(self._open_folder))
         self._trackers = Trackers(
             self.config.run.trackers, self.folder.path, self.folder.path.name, plain(self.config), self.world.main
         )
@@ -290,15 +294,14 @@ class Session:
             self._best.stale += 1
         self._last_time = time.monotonic()  # the time of an evaluation is no step's
 
-    def finish(self, *, before: Mapping[str, Any], test: Mapping[str, Any], majority: float, save: Any = None) -> None:
+    def finish(self, *, before: Mapping[str, Any], test: Mapping[str, Any], majority: float) -> None:
         """Save the model, write the reports and show the final figures.
 
         Args:
             before, test: metrics on the test split, untrained and trained.
             majority: share of its most frequent label.
-            save: what else belongs into the model's folder (a tokenizer): anything with `save_pretrained`.
         """
-        self._save_model(save)
+        self._save_model()
         command = f'toolkit predict {self.folder.path} "TEXT"' if self.config.checkpoint.save_model else ""
         self._report |= {"before": before, "test": test, "majority": majority, "predict": command}
         self._close_report("finished")
@@ -336,12 +339,16 @@ class Session:
 
     def _open_folder(self) -> Path:
         asked = self._folder_asked_for()
-        if asked is not None:
-            _refuse_taken(asked)
-            asked.mkdir(parents=True, exist_ok=True)
-            return asked
+        _refuse_taken(asked)
         parent = Path("runs") / self.recipe
-        parent.mkdir(parents=True, exist_ok=True)
+        try:
+            (asked or parent).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"the folder {asked or parent} cannot be made: {error.strerror}", "Name another with --run.dir."
+            ) from error
+        if asked is not None:
+            return asked
         number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
         while True:
             number += 1
@@ -409,7 +416,7 @@ class Session:
         self.folder.write_report(self._report)
         write_html(self.folder.path)
 
-    def _save_model(self, beside: Any = None) -> None:
+    def _save_model(self) -> None:
         if not self.config.checkpoint.save_model:
             return
         weights, target = self.strategy.weights(), self.folder.path / "model"
@@ -417,8 +424,7 @@ class Session:
         def save() -> None:
             module: Any = self.strategy.module
             module.save_pretrained(target, state_dict=weights, max_shard_size=self.config.checkpoint.max_shard_size)
-            if beside is not None:
-                beside.save_pretrained(target)
+            self._tokenizer.save_pretrained(target)
 
         self.world.on_main(save)
 

@@ -137,6 +137,14 @@ def test_single_on_two_processes(tiny_job: list[str], tmp_path: Path) -> None:
     assert "2 separate models" in refused([*tiny_job, "--strategy.name", "single"], tmp_path, ranks=2)
 
 
+def test_a_block_that_the_model_lacks(tiny_job: list[str], tmp_path: Path) -> None:
+    """Found only when the model is laid over the ranks, and still before the run's folder exists."""
+    job = [*tiny_job, "--strategy.name", "fsdp", "--strategy.wrap", "LlamaDecoderLayer"]
+    text = refused(job, tmp_path, ranks=2)
+    assert "LlamaDecoderLayer" in text
+    assert "BertLayer" in text
+
+
 def test_a_deepspeed_file_that_contradicts(tiny_job: list[str], tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     job = [*tiny_job, "--strategy.name", "zero2", "--strategy.deepspeed", "ds.json"]

@@ -161,6 +161,7 @@ def test_ctrl_c_ends_cleanly_with_a_partial_report(config: str, tiny_job: list[s
     assert "interrupted: stopped after step" in out
     assert (tmp_path / "run" / "report.html").exists()
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "model")) > 40
 
 
 def test_every_recipe_configuration_is_valid() -> None:

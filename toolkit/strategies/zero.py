@@ -125,7 +125,15 @@ class Zero(Strategy):
                 backend = "gloo" if self.world.device.type == "cpu" else "nccl"
                 deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
             optimizer = build_optimizer(model.to(self.world.device))
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            try:
+                engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            except (AssertionError, ValueError) as error:
+                if self.config.deepspeed is None:
+                    raise
+                raise ConfigError(
+                    f"DeepSpeed does not take {self.config.deepspeed}: {error}", "Correct the JSON."
+                ) from error
+            self.engine = engine
         self.model = self.engine
         for name, parameter in self.module.named_parameters():
             if name in masters and parameter.requires_grad:
@@ -285,7 +293,7 @@ class Zero(Strategy):
 
     def _zero_section(self, content: Any, path: Path | None) -> dict[str, Any]:
         if not isinstance(content, dict):
-            raise ConfigError(f"'zero_optimization' in {path} must be an object, not {content!r}")
+            raise ConfigError(f"'zero_optimization' in {path} must be an object, not {content!r}", "Correct the JSON.")
         _agree(content.get("stage"), self.stage, "zero_optimization.stage", path)
         # "auto" means "leave it to the recipe", which leaves it to DeepSpeed's default.
         section: dict[str, Any] = {key: value for key, value in content.items() if value != "auto"}
@@ -355,7 +363,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"--strategy.deepspeed {path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--strategy.deepspeed {path} must hold an object")
+        raise ConfigError(f"--strategy.deepspeed {path} must hold an object", "Correct the JSON.")
     return content
 
 
