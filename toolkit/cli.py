@@ -174,7 +174,7 @@ def _samples(arguments: Namespace) -> int:
 
 
 COMMANDS = {
-    "predict": _of_module("put texts into classes with the model of a run", "toolkit.predict"),
+    "predict": _of_module("put texts into classes with the model of a run", "toolkit.predict.command"),
     "report": Command("make a run's report.html again and print its path", _report_arguments, _report),
     "samples": Command("list the models and data that need no hub, or fetch one", _samples_arguments, _samples),
 }

@@ -16,6 +16,8 @@ from toolkit.errors import LaunchError
 Environment = Mapping[str, str]
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+ALONE = dict(zip(RENDEZVOUS, ("0", "1", "0", "127.0.0.1", "0"), strict=True))
+"""What a launcher would set for one process."""
 
 START_CPU_RANKS = (
     "`accelerate launch --cpu --num_processes N` and `distributed_type: MULTI_CPU` start one process only. "

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from toolkit.environment import Launcher, Ranks, cpu_asked_for
+from toolkit.environment import ALONE, Launcher, Ranks, cpu_asked_for
 from toolkit.errors import LaunchError, ToolkitError
 
 T = TypeVar("T")
@@ -61,24 +61,36 @@ class World:
         else:
             os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, wherever it is imported, guesses aloud
         if self.size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
-                dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+                dist.init_process_group(self._backend, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
             except (dist.DistError, RuntimeError, ValueError) as error:
                 raise LaunchError(
                     f"rank {self.rank} of {self.size} could not meet the others at {Ranks.read().master}: {error}",
                     "Check that every node reaches that address and that all ranks were started.",
                 ) from error
+        elif Ranks.read().master:
+            self.form_group()  # before accelerate, which would form one that cannot carry host data
         # accelerate's state, which its trackers ask for the main process, finds the group already formed.
         PartialState(cpu=self.device.type == "cpu")
 
+    def form_group(self) -> None:
+        """A group of this one process, for engines that cannot do without (FSDP2 or DeepSpeed, to offload)."""
+        if not dist.is_initialized():
+            for name, value in ALONE.items():  # DeepSpeed reads LOCAL_RANK, and the five are whole or not at all
+                os.environ.setdefault(name, value)
+            dist.init_process_group(self._backend, store=dist.HashStore(), rank=0, world_size=1)
+
     def close(self) -> None:
         """Leave the process group; the caller has dropped the model."""
-        if self.connected:
+        if dist.is_initialized():
             # Without the barrier and the collection, gloo's threads can abort the process at exit.
             dist.barrier()
             gc.collect()
             dist.destroy_process_group()
+
+    @property
+    def _backend(self) -> str:
+        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over all ranks, in place."""

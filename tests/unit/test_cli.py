@@ -21,6 +21,7 @@ TOOLKIT = [sys.executable, "-m", "toolkit.cli"]
 # One thread: on busy cores, two of them would wait for each other over so small a model.
 # Buffered as on the machine of a user, whatever the one of the tests has set.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "PYTHONUNBUFFERED": ""}
+SLOW = {"torch", "transformers", "datasets", "accelerate", "numpy", "tyro", "pydantic", "matplotlib"}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,7 @@ def flat(panel: str) -> str:
 def test_help_lists_every_command_at_once() -> None:
     script = (
         "import sys\nfrom toolkit.cli import main\ncode = main(['--help'])\n"
-        "slow = {'torch', 'transformers', 'datasets', 'accelerate', 'numpy', 'tyro', 'pydantic', 'matplotlib'}\n"
-        "print('slow:', sorted(slow & sys.modules.keys()))\nsys.exit(code)"
+        f"print('slow:', sorted({SLOW} & sys.modules.keys()))\nsys.exit(code)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
@@ -89,8 +89,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["pedict", "run"], "there is no command 'pedict'. Did you mean 'predict'? → Commands: predict,"),
         (["--verson"], "unrecognized arguments: --verson. Did you mean '--version'?"),
-        (["predict"], "the following arguments are required: RUN"),
-        (["report"], "the following arguments are required: RUN"),
+        (["predict"], "the following arguments are required: RUN. → See `toolkit predict --help`."),
+        (["report"], "the following arguments are required: RUN. → See `toolkit report --help`."),
         (["report", "nowhere"], "nowhere: no files of a run"),
         (["samples", "fetch"], "there is no sample to fetch → Samples: minilm,"),
         (["samples", "fetch", "minilmm"], "there is no sample 'minilmm'. Did you mean 'minilm'?"),
@@ -112,7 +112,7 @@ def test_without_a_command_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_mistake_in_a_process_of_its_own(run: Path) -> None:
-    """Exit code and streams; told before torch is imported, which takes seconds."""
+    """Exit code and streams."""
     done = toolkit("predict", run.parent / "002", "w3")
     assert (done.returncode, done.stdout) == (2, "")
     assert "Did you mean '001'?" in flat(done.stderr)
@@ -121,6 +121,56 @@ def test_a_mistake_in_a_process_of_its_own(run: Path) -> None:
     assert "Traceback" in done.stderr
     assert "CheckpointError: the run" in done.stderr
     assert "importlib" not in done.stderr.splitlines()[-1]
+
+
+def imported_by(*words: object) -> tuple[str, set[str]]:
+    """What a command that is refused says, and which slow packages were imported for that, in a process of its own."""
+    script = (
+        "import sys\nfrom toolkit.cli import main\ncode = main(sys.argv[1:])\n"
+        f"print(*({SLOW} & sys.modules.keys()))\nsys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    return flat(done.stderr), set(done.stdout.split())
+
+
+def test_mistakes_are_told_before_anything_slow_is_imported(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("id,review\n1,w3\n2,\n")
+    file = ["--file", tmp_path / "texts.csv"]
+    for words, message in (
+        ([run, *file, "--jsn"], "Did you mean '--json'?"),
+        ([run, *file, "--output", "out.pdf"], "Name a .csv or a .jsonl file"),
+        ([run.parent / "002", *file], "Did you mean '001'?"),
+        ([run, *file, "--text", "reviw"], "Did you mean 'review'?"),
+        ([run, *file, "--text", "review"], "texts.csv, line 3: the text is empty"),
+    ):
+        err, slow = imported_by("predict", *words)
+        assert message in err
+        assert slow == set()
+
+
+def test_an_untested_version_is_told_before_torch_is_imported(run: Path, tmp_path: Path) -> None:
+    information = tmp_path / "largemodel_toolkit-9.9.dist-info"
+    information.mkdir()
+    metadata = "Metadata-Version: 2.4\nName: largemodel-toolkit\nVersion: 9.9\nRequires-Dist: torch>=99\n"
+    (information / "METADATA").write_text(metadata)
+    for name in ("torch", "transformers", "datasets"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('too early')\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [*TOOLKIT, "predict", run, "w3"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONPATH": path},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "LaunchError" in done.stderr
+    assert "installed packages are outside the tested range: torch" in flat(done.stderr)
 
 
 # The commands

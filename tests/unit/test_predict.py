@@ -27,7 +27,8 @@ from toolkit.cli import main
 from toolkit.config import ModelConfig, OptimConfig, RunConfig, TextDataConfig, TrainConfig, to_yaml
 from toolkit.data.tokenize import tokenize
 from toolkit.errors import CheckpointError, ConfigError, DataError, ModelError, NumericsError, ToolkitError
-from toolkit.predict import BATCHES_OF_A_WINDOW, Classifier, Prediction, find_model, read_texts
+from toolkit.predict import Classifier, Prediction, find_model, read_texts
+from toolkit.predict.classifier import BATCHES_OF_A_WINDOW
 
 LABELS = ("bad", "good", "时政")
 MAX_LENGTH = 12

@@ -621,3 +621,28 @@ def test_value_that_the_engine_refuses(deepspeed: Callable[[Any], Path]) -> None
     path = deepspeed({"zero_optimization": {"allgather_bucket_size": 8765}})
     for message in on_ranks(refused_by_deepspeed, 2, path):
         assert message.startswith(f"DeepSpeed does not take {path}: allgather_bucket_size must be a multiple")
+
+
+def trained_alone(name: str) -> tuple[list[float], bool]:
+    """Past the check, which refuses one process on a CPU: on a GPU it may offload."""
+    w = world()
+    w.connect()
+    shape = BatchShape(12, 6, 2, 1)
+    options: Any = {"world": w, "precision": Precision("fp32"), "shape": shape, "max_grad_norm": 1.0}
+    strategy = STRATEGIES[name](name, StrategyConfig(name=name), **options)  # type: ignore[arg-type]
+    strategy.setup(tiny_bert(), lambda model: adamw(model, OptimConfig()))
+    task = Recording()
+    task.seen.append([])
+    steps = Loader(tiny_data(), task.collate, shape).steps(3)
+    losses = [train_step(strategy, task, step, learning_rate=1e-3, seed=0).loss for step in steps]
+    strategy.teardown()
+    w.close()
+    return losses, torch.distributed.is_initialized() or w.connected
+
+
+def test_engines_that_want_a_group_get_one_of_one_process() -> None:
+    ((alone, _),) = on_ranks(trained_alone, 1, "single")
+    for name in ("zero2", "zero3"):
+        ((losses, left_over),) = on_ranks(trained_alone, 1, name)
+        assert losses == pytest.approx(alone, rel=1e-5)
+        assert not left_over

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import on_ranks
-from toolkit.environment import RENDEZVOUS, Launcher, Ranks, cpu_asked_for, is_main_rank
+from toolkit.environment import ALONE, RENDEZVOUS, Launcher, Ranks, cpu_asked_for, is_main_rank
 from toolkit.errors import CheckpointError, LaunchError
 from toolkit.world import world
 
@@ -335,6 +335,24 @@ def test_ranks_in_concert() -> None:
             "on_main": "said by rank 0",
             "closed": True,
         }
+
+
+def alone(launched: bool) -> list[bool]:
+    if launched:
+        os.environ.update(ALONE)
+    w = world()
+    w.connect()
+    found = [w.connected, dist.is_initialized()]
+    w.form_group()
+    w.form_group()
+    found += [w.connected, dist.is_initialized(), world().rank == 0, w.gather(3) == [3]]
+    w.close()
+    return [*found, dist.is_initialized()]
+
+
+def test_one_process_has_a_group_only_where_it_is_launched_or_asks() -> None:
+    assert on_ranks(alone, 1, False) == [[False, False, False, True, True, True, False]]
+    assert on_ranks(alone, 1, True) == [[False, True, False, True, True, True, False]]
 
 
 def errors_on_main() -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,15 @@ from toolkit.errors import ConfigError
 
 EDGES = [0, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192]
 """Of the histogram of lengths, in tokens; the last bin goes up to the longest text."""
+
+
+_OPTIONS = {
+    "add_special_tokens": True,
+    "padding": False,
+    "return_attention_mask": False,
+    "return_token_type_ids": False,
+    "verbose": False,
+}
 
 
 def check_tokenizer(tokenizer: Any, max_length: int) -> list[str]:
@@ -56,6 +66,17 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(side).encode() + content).hexdigest()
 
 
+def encode(texts: Iterable[str | None], tokenizer: Any, max_length: int) -> Any:
+    """Texts to token ids, special tokens included, cut to `max_length`, without padding.
+
+    The only place where a text is cut, for training as for predictions.
+
+    Returns:
+        A `transformers.BatchEncoding`; its `input_ids` are a list of int for each text.
+    """
+    return tokenizer(list(texts), truncation=True, max_length=max_length, **_OPTIONS)
+
+
 def tokenize(
     texts: Dataset, tokenizer: Any, max_length: int, *, processes: int | None, scratch: Path, title: str
 ) -> Dataset:
@@ -78,14 +99,13 @@ def tokenize(
 
 
 def _tokens(texts: list[str | None], *, tokenizer: Any, max_length: int) -> dict[str, Any]:
-    options = {"add_special_tokens": True, "return_attention_mask": False, "return_token_type_ids": False}
-    batch = tokenizer(texts, truncation=True, max_length=max_length, padding=False, verbose=False, **options)
+    batch = encode(texts, tokenizer, max_length)
     ids: list[list[int]] = batch["input_ids"]
     if batch.encodings is not None:
         special = tokenizer.num_special_tokens_to_add(pair=False)
         whole = [len(one) + sum(len(rest) - special for rest in one.overflowing) for one in batch.encodings]
     else:
-        uncut = tokenizer(texts, truncation=False, padding=False, verbose=False, **options)
+        uncut = tokenizer(texts, truncation=False, **_OPTIONS)
         whole = [len(row) for row in uncut["input_ids"]]
     unknown = _unknown_id(tokenizer)
     return {

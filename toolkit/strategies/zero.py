@@ -120,6 +120,8 @@ class Zero(Strategy):
         config = self._engine_config()
         # DeepSpeed rounds the weights to the reduced precision before it copies its fp32 masters from them.
         masters = {n: p.detach().clone() for n, p in model.named_parameters()} if self.precision.reduced else {}
+        if self.world.size == 1:
+            self.world.form_group()
         with _quiet():
             if not deepspeed.comm.is_initialized():
                 backend = "gloo" if self.world.device.type == "cpu" else "nccl"

@@ -1,0 +1,139 @@
+"""The command `toolkit predict`: its options, what it refuses, and the order of its work."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from toolkit import predict
+from toolkit.errors import ConfigError, DataError
+from toolkit.predict.output import open_sink, progress_bar
+from toolkit.predict.saved import find_model
+from toolkit.predict.texts import FILE_TYPES, checked, read_texts, text_lines
+from toolkit.report import Console
+from toolkit.requirements import check_versions
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of a model that a run has saved")
+    parser.add_argument(
+        "texts",
+        metavar="TEXT",
+        nargs="*",
+        default=(),  # without it, argparse calls them required where RUN is missing
+        help="a text (behind -- if it begins with -); or - to read them from standard input, one a line",
+    )
+    parser.add_argument("--file", type=Path, help="texts to classify: " + ", ".join(FILE_TYPES) + " (.txt: one a line)")
+    parser.add_argument("--text", metavar="COLUMN", help="column of the texts in --file (default: text)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line, with all probabilities")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to a .csv or .jsonl file")
+    parser.add_argument("--top", type=_count, metavar="K", help="give the K most likely labels (default: 1; JSON: all)")
+    parser.add_argument("--batch", type=_count, metavar="N", default=32, help="texts of one forward pass (default: 32)")
+    parser.add_argument(
+        "--max-length",
+        type=_count,
+        metavar="N",
+        help="cut texts to N tokens (default: as the run did, data.max_length)",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+
+
+def run(arguments: Namespace) -> int:
+    """`toolkit predict`: from the cheapest check to the dearest, and only then the model.
+
+    Raises:
+        ToolkitError: a mistake of the user.
+    """
+    _check_options(arguments)
+    saved = find_model(Path(arguments.run))
+    check_versions()
+    texts, total = _texts_of(arguments)
+    _silence_libraries()
+    # Through the package, which imports torch at this name and not before.
+    classifier = predict.Classifier(saved, device=arguments.device, max_length=arguments.max_length)
+    if (arguments.top or 1) > len(classifier.labels):
+        raise ConfigError(f"--top {arguments.top}: the model has {len(classifier.labels)} labels", "Ask for fewer.")
+    notes = Console(out=sys.stderr)
+    if saved.status not in ("", "finished"):
+        notes.warn(f"the run ended early ({saved.status}): this is the model as it was then")
+    if saved.max_length is None and arguments.max_length is None:
+        notes.note(f"texts are cut to {classifier.max_length} tokens, the most this model takes (see --max-length)")
+    results = open_sink(arguments.output, classifier.labels, top=arguments.top, as_json=arguments.json, total=total)
+    done = 0
+    try:
+        with results as sink, progress_bar(total) as bar:
+            advance = partial(bar.advance, bar.task_ids[0])
+            for window in classifier.stream(texts, batch=arguments.batch, on_batch=advance):
+                done += len(window)
+                bar.stop()
+                sink.write(window)
+                bar.start()
+    except KeyboardInterrupt:
+        print(f"{done:,} texts were classified", file=sys.stderr)
+        raise
+    if not done:
+        raise DataError("standard input has no text", "Write one text a line to it.")
+    if arguments.output:
+        notes.note(f"{done:,} texts classified: {arguments.output}")
+    return 0
+
+
+def _check_options(arguments: Namespace) -> None:
+    """Refuse what contradicts itself or cannot take effect."""
+    file, output = arguments.file, arguments.output
+    if arguments.texts and file:
+        raise ConfigError("texts are given both on the command line and in --file", "Give one of the two.")
+    if not arguments.texts and not file:
+        raise ConfigError(
+            "there is no text to classify", 'Write it behind the run in quotes: "some text"; or give --file, or -.'
+        )
+    if "-" in arguments.texts and len(arguments.texts) > 1:
+        raise ConfigError("'-' (standard input) stands beside other texts", "Give one of the two.")
+    if file and file.suffix.lower() not in FILE_TYPES:
+        raise ConfigError(f"--file {file} is of no type that can be read", f"Give {', '.join(FILE_TYPES)}.")
+    if arguments.text is not None and (not file or file.suffix.lower() == ".txt"):
+        raise ConfigError(f"--text {arguments.text} has no effect without a .csv, .tsv or .jsonl --file", "Drop it.")
+    if output and output.suffix.lower() not in (".csv", ".jsonl"):
+        raise ConfigError(f"--output {output} is of no type that can be written", "Name a .csv or a .jsonl file.")
+    if output and arguments.json:
+        raise ConfigError("--json prints and --output writes to a file", "Give one of the two.")
+    if output and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}", "Make it first.")
+    if output and file and output.exists() and file.exists() and output.samefile(file):
+        raise ConfigError(f"--output {output} would write over the texts", "Name another file.")
+
+
+def _texts_of(arguments: Namespace) -> tuple[Iterable[str], int | None]:
+    """The texts, and how many there are where that is known.
+
+    A file is read twice: a fault in its last line is told before the model is loaded.
+    """
+    if arguments.file:
+        column = "text" if arguments.text is None else arguments.text
+        total = sum(1 for _ in read_texts(arguments.file, column))
+        if not total:
+            raise DataError(f"{arguments.file} has no text", "Fill it.")
+        return read_texts(arguments.file, column), total
+    if arguments.texts == ["-"]:
+        return text_lines(sys.stdin.buffer, "standard input"), None
+    texts = [checked(text, f"text {number}") for number, text in enumerate(arguments.texts, start=1)]
+    return texts, len(texts)
+
+
+def _silence_libraries() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or not int(word):
+        raise ArgumentTypeError(f"{word!r} is not a whole number above 0")
+    return int(word)
