@@ -157,8 +157,8 @@ class CheckpointConfig:
 
     save_model: bool = True
     """Write the trained model to `model/` in the run's folder (Hugging Face layout)."""
-    max_shard_size: str = "5GB"
-    """Largest weight file."""
+    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMGT]B$")] = "5GB"
+    """Largest weight file, as `500MB` or `5GB`."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -165,7 +164,6 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     return source, {"revision": config.revision, "local_files_only": not _hub_has(source, config.revision)}
 
 
-@functools.cache
 def _hub_has(name: str, revision: str | None) -> bool:
     """Whether the hub answers for this model. transformers alone would ask a silent hub for minutes, file by file.
 

@@ -78,7 +78,8 @@ class World:
         if not dist.is_initialized():
             for name, value in ALONE.items():  # DeepSpeed reads LOCAL_RANK, and the five are whole or not at all
                 os.environ.setdefault(name, value)
-            dist.init_process_group(self._backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(self._backend, store=store, rank=0, world_size=1)
 
     def close(self) -> None:
         """Leave the process group; the caller has dropped the model."""

@@ -320,6 +320,16 @@ def test_value_out_of_range(key: str, value: str, message: str, tmp_path: Path) 
         assert f"not {value.split('.')[0]}" in caught.value.message
 
 
+def test_sizes() -> None:
+    for size in ("5GB", "1.5MB", "200KB", "1TB"):
+        assert parsed(f"--checkpoint.max_shard_size {size}").checkpoint.max_shard_size == size
+    for size in ("5", "GB", "5apples", "5gb", "-1GB"):
+        with pytest.raises(
+            ConfigError, match=f"checkpoint.max_shard_size: string should match pattern .*, not '{size}'"
+        ):
+            parsed(f"--checkpoint.max_shard_size={size}")
+
+
 @pytest.mark.parametrize(
     ("content", "key", "message"),
     [

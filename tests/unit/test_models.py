@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +450,41 @@ def test_hub_name_without_a_network() -> None:
             assert "Name a folder" in caught.value.remedy
             assert "sample:minilm" in caught.value.remedy
         assert time.monotonic() - began < 30
+
+
+class NobodyHere(BaseHTTPRequestHandler):
+    """A hub that knows no model."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_hub_that_has_no_such_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), NobodyHere) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        for revision, named in ((None, ""), ("v2", " with revision v2")):
+            with pytest.raises(ModelError) as caught:
+                load_tokenizer(ModelConfig(name="nobody/asked-for-this", revision=revision))
+            assert caught.value.message.startswith(f"the hub has no model nobody/asked-for-this{named} for you: ")
+            assert "sample:minilm" in caught.value.remedy
+        hub.shutdown()
+
+
+def test_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.models.HUB_PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(ModelError, match="could be loaded from --model.name nobody/waits-for-this"):
+            load_tokenizer(ModelConfig(name="nobody/waits-for-this"))
+        assert time.monotonic() - began < 5
 
 
 def test_name_that_no_hub_can_have() -> None:

@@ -133,7 +133,8 @@ def test_vectors_do_not_decay() -> None:
         for number, group in enumerate((decaying, plain))
         for parameter in group["params"]  # type: ignore[attr-defined]
     }
-    assert len(group_of) == len(list(model.parameters()))
+    sizes = [len(group["params"]) for group in (decaying, plain)]  # type: ignore[arg-type]
+    assert len(group_of) == sum(sizes) == len(list(model.parameters()))
     names = {name: group_of[id(parameter)] for name, parameter in model.named_parameters()}
     assert {name for name, group in names.items() if group == 1} == {
         name for name in names if name.endswith(".bias") or "LayerNorm" in name
