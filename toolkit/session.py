@@ -160,6 +160,7 @@ class Session:
         steps = self.config.train.steps
         self.total_steps = steps or math.ceil(self.config.train.epochs * training.steps_per_epoch)
         self.schedule = build_schedule(self.config.optim, self.total_steps)
+        self._check_evaluations(training.steps_per_epoch)
         evaluation = BatchShape(0, self.config.train.eval_batch, 1, self.world.size)
         self._task, self._train = task, training
         return (
@@ -332,6 +333,19 @@ class Session:
             self._trackers.close()
             self.strategy.teardown()
             self.world.close()
+
+    def _check_evaluations(self, steps_per_epoch: int) -> None:
+        run, total = self.config.run, self.total_steps
+        if run.eval_every and run.eval_every > total:
+            raise ConfigError(
+                f"--run.eval_every {run.eval_every} has no effect on a run of {total} steps", "Set it lower."
+            )
+        evaluations = total // run.eval_every if run.eval_every else math.ceil(total / steps_per_epoch)
+        if run.early_stopping and run.early_stopping >= evaluations:
+            raise ConfigError(
+                f"--run.early_stopping {run.early_stopping} has no effect on a run with {evaluations} evaluations",
+                "Set it lower, or evaluate more often with --run.eval_every.",
+            )
 
     def _folder_asked_for(self) -> Path | None:
         run = self.config.run

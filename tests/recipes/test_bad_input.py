@@ -112,6 +112,8 @@ SETTINGS = {
     "name beside dir": (["--run.name", "x", "--run.dir", "y"], ["--run.name", "--run.dir"]),
     "decay without wsd": (["--optim.decay_share", "0.5"], ["--optim.decay_share", "linear"]),
     "warm-up too long": (["--optim.warmup_steps", "100"], ["100", "9 steps"]),
+    "evaluation never due": (["--run.eval_every", "10"], ["--run.eval_every 10", "9 steps"]),
+    "patience never at an end": (["--run.early_stopping", "2"], ["--run.early_stopping 2", "2 evaluations"]),
     "freeze nothing there": (["--model.freeze", "nothing_like_this"], ["nothing_like_this", "embeddings"]),
     "freeze all": (["--model.freeze", "."], ["--model.freeze", "nothing to train"]),
     "missing config file": (["--config", "missing.yaml"], ["missing.yaml"]),

@@ -10,7 +10,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -92,8 +92,8 @@ class Strategy(ABC):
             ConfigError: naming the key, the reason and the remedy.
         """
         unset = StrategyConfig()
-        for key in ("reshard_after_forward", "shard_size", "wrap", "offload", "deepspeed"):
-            if getattr(self.config, key) != getattr(unset, key) and key not in self.options:
+        for key in (option.name for option in fields(StrategyConfig)):
+            if key not in ("name", *self.options) and getattr(self.config, key) != getattr(unset, key):
                 raise ConfigError(
                     f"--strategy.{key} has no effect under strategy {self.name}",
                     "Drop it, or choose a strategy that reads it.",

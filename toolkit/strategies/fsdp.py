@@ -45,6 +45,8 @@ class FSDP(TorchStrategy):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Shard the repeated blocks one by one, then what is left at the root."""
+        if self.world.size == 1:
+            self.world.form_group()
         options: dict[str, Any] = {"mesh": self._mesh(), "mp_policy": self._mixed_precision()}
         options["offload_policy"] = CPUOffloadPolicy() if self.config.offload == "parameters" else OffloadPolicy()
         if self.config.reshard_after_forward is not None:
