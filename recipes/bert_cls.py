@@ -1,7 +1,7 @@
 """Fine-tune an encoder to put texts into classes.
 
-accelerate launch recipes/bert_cls.py
-accelerate launch recipes/bert_cls.py --data.name reviews.csv --data.text review --data.label stars
+$ accelerate launch recipes/bert_cls.py
+$ accelerate launch recipes/bert_cls.py --data.name reviews.csv --data.text review --data.label stars
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import signal
 import sys
 import time
@@ -439,6 +440,8 @@ class Session:
             module: Any = self.strategy.module
             module.save_pretrained(target, state_dict=weights, max_shard_size=self.config.checkpoint.max_shard_size)
             self._tokenizer.save_pretrained(target)
+            for file in target.glob("*.safetensors"):
+                shutil.copymode(target / "config.json", file)  # safetensors writes for the owner alone
 
         self.world.on_main(save)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from toolkit.requirements import check_versions
 from toolkit.session import Interrupted, RecipeConfig
 
 INTERRUPTED_EXIT_CODE = 130
+CLOSED_PIPE_EXIT_CODE = 141
 
 Settings = TypeVar("Settings", bound=RecipeConfig)
 
@@ -26,7 +28,7 @@ def start(main: Callable[[Settings], object], config_class: type[Settings], desc
 
     Raises:
         SystemExit: with code 2 after a user's mistake (with `--run.debug True` the error itself is raised), 130 after
-            an interruption.
+            an interruption, 141 where the output's reader has left.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     transformers.logging.set_verbosity_error()
@@ -39,6 +41,10 @@ def start(main: Callable[[Settings], object], config_class: type[Settings], desc
         main(config)
     except (Interrupted, KeyboardInterrupt):
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+    except BrokenPipeError:
+        # The reader of our output has left (`--help | head`); Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(CLOSED_PIPE_EXIT_CODE) from None
     except ToolkitError as error:
         if debug:
             raise

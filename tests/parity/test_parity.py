@@ -21,7 +21,7 @@ LAYOUTS = [(name, layout) for name, kind in STRATEGIES.items() for layout in kin
 SHARDED = {"fsdp", "zero1", "zero2", "zero3"}
 
 # fp32: sums in another order differ in the last bits. bf16 rounds each product to 8 significant bits (unit roundoff
-# 2**-9): one process casts inside autocast and keeps norms and softmax in fp32, FSDP2 and ZeRO run them in bf16 too. So
+# 2**-9), and the engines round in other places: one process and DDP in autocast, FSDP2 and ZeRO all of the network. So
 # a loss may move by one roundoff, a gradient norm, which sums squares of rounded terms, by ten; and of the way that
 # the weights have gone, Adam, whose first steps are the signs of gradients, may turn a tenth.
 BOUNDS = {

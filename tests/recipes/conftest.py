@@ -66,6 +66,6 @@ def tiny_job(texts_csv: Path, tiny_model: Path) -> list[str]:
     return [
         *("--model.name", str(tiny_model), "--model.init", "random", "--model.dropout", "0"),
         *("--data.name", str(texts_csv), "--data.max_length", "32"),
-        *("--train.global_batch", "12", "--train.steps", "9", "--optim.lr", "3e-3"),
+        *("--train.global_batch", "12", "--train.steps", "9", "--optim.lr", "1e-3"),
         *("--precision", "fp32", "--run.log_every", "1"),
     ]

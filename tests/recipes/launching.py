@@ -29,9 +29,10 @@ def start(options: list[str], *, config: str, launcher: list[str] | None = None,
     """The same, still running, in a process group of its own."""
     file = ROOT / "configs" / "accelerate" / f"{config}.yaml"
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
-    port = [] if config == "cpu1" else ["--main_process_port", "0"]
+    # One thread for each process, as ranks have: the sums of two threads differ from those of one in the last bits.
+    start_options = ["--num_cpu_threads_per_process", "1"] if config == "cpu1" else ["--main_process_port", "0"]
     return subprocess.Popen(
-        [*accelerate, *port, *(launcher or []), str(RECIPE), *options],
+        [*accelerate, *start_options, *(launcher or []), str(RECIPE), *options],
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,

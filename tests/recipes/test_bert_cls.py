@@ -79,7 +79,7 @@ def test_what_is_shown(tiny_job: list[str], tmp_path: Path) -> None:
 
 def test_the_saved_model_is_the_trained_one(tiny_job: list[str], texts_csv: Path, tmp_path: Path) -> None:
     """Reloaded with transformers, it reaches the accuracy that the run reported on the held-out texts."""
-    options = [*tiny_job, "--train.steps", "40", "--strategy.name", "fsdp", "--run.dir", "run"]
+    options = [*tiny_job, "--train.steps", "80", "--strategy.name", "fsdp", "--run.dir", "run"]
     code, text = on_ranks(recipe, 2, options, str(tmp_path))[0]
     assert code == 0, text
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()

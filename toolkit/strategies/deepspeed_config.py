@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,10 @@ def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, which takes seconds to import, for the runs that use it."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # or it takes the GPU that it finds
+    # DeepSpeed builds its extension with the ninja that PATH finds: this environment's, activated or not.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join((scripts, os.environ["PATH"]))
     try:
         with quiet():
             import deepspeed
