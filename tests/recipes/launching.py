@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "bert_cls.py"
 
 
-def launch(options: list[str], *, config: str, launcher: list[str] | None = None, cwd: Path, **kwargs: Any) -> Any:
+def launch(options: list[str], *, config: str, launcher: list[str] | None = None, cwd: Path) -> Any:
     """`accelerate launch` with a shipped configuration, on CPU ranks whatever the machine has; the finished process."""
     process = start(options, config=config, launcher=launcher, cwd=cwd)
     try:
