@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,15 @@ class LossScaler:
         self.scale = scale if enabled else 1.0
         self.growth_interval = growth_interval
         self.good_steps = 0
+
+    def state(self) -> dict[str, float]:
+        """What `load_state` takes; empty where nothing is scaled."""
+        return {"scale": self.scale, "good_steps": self.good_steps} if self.enabled else {}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Go on from there; an empty state (of a run in another precision) changes nothing."""
+        if self.enabled and state:
+            self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
 
     def update(self, grad_norm: float) -> bool:
         """Note the (scaled or not) global norm; whether the step may be applied."""

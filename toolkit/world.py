@@ -99,16 +99,16 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: T) -> list[T]:
-        """The `value` of each rank, on every rank."""
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """The `value` of each rank, on every rank; by all of them over `group` where one is given."""
         if not self.connected:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
         return values
 
-    def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, on every rank.
+    def on_main(self, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """What `action` returns on rank 0, on every rank; told to all of them over `group` where one is given.
 
         A user's error there is raised alike on all of them. Any other error is raised on rank 0, and the others
         raise a LaunchError that quotes it, so that nobody waits for a rank that has left.
@@ -124,7 +124,7 @@ class World:
                 outcome[1] = LaunchError(f"rank 0 failed: {type(error).__name__}: {error}", "See what it printed.")
                 defect = error
         if self.connected:
-            dist.broadcast_object_list(outcome, src=0)
+            dist.broadcast_object_list(outcome, src=0, group=group)
         if outcome[1] is not None:
             raise defect or outcome[1]
         result: T = outcome[0]

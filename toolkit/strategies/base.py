@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from toolkit.config import StrategyConfig
 from toolkit.data.loader import BatchShape
 from toolkit.errors import ConfigError
 from toolkit.precision import LossScaler, Precision
+from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, whole
 from toolkit.world import World
 
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -143,6 +144,30 @@ class Strategy(ABC):
         """Full weights by the plain model's names, in fp32 on the CPU of rank 0, empty elsewhere. Collective."""
 
     @abstractmethod
+    def shards(self) -> dict[str, FlatShard]:
+        """The training state that this rank holds, in place: to be copied for a checkpoint, or filled from one.
+
+        `weights/NAME` (fp32), `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of each trainable parameter,
+        `weights/NAME` of each frozen one, and `buffers/NAME`, by the plain model's names.
+        """
+
+    @abstractmethod
+    def loaded(self) -> None:
+        """The shards have been filled: bring what the engine derives from them up to date. Collective."""
+
+    @abstractmethod
+    def scaler_state(self) -> dict[str, float]:
+        """fp16's loss scale and the steps since it changed; empty for other precisions."""
+
+    @abstractmethod
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Go on with what `scaler_state` gave, under whichever strategy; empty leaves it as it is."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Drop the gradients of a step that is not to be applied; the caller then fills the shards anew."""
+
+    @abstractmethod
     def effective(self) -> dict[str, Any]:
         """What is in force, read back from the engine's objects, JSON-able."""
 
@@ -211,6 +236,34 @@ class TorchStrategy(Strategy):
             return {}
         return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
 
+    def shards(self) -> dict[str, FlatShard]:
+        """Parameter by parameter."""
+        found = {}
+        trained = set(self._parameters)
+        for name, parameter in self.module.named_parameters():
+            found[f"weights/{name}"] = self._shard(parameter)
+            if parameter in trained:
+                state = adam_state(self.optimizer, parameter)
+                found[f"step/{name}"] = whole(state["step"])
+                found |= {f"{moment}/{name}": self._shard(state[moment]) for moment in MOMENTS}
+        found |= {f"buffers/{name}": whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        return {name: shard for name, shard in found.items() if shard.data.numel()}
+
+    def loaded(self) -> None:
+        """Nothing is derived."""
+
+    def scaler_state(self) -> dict[str, float]:
+        """Of our own scaler."""
+        return self.scaler.state()
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Into our own scaler."""
+        self.scaler.load_state(state)
+
+    def discard(self) -> None:
+        """Clear them."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def effective(self) -> dict[str, Any]:
         """Read from the parameters, the optimizer and the batches."""
         group = self.optimizer.param_groups[0]
@@ -236,5 +289,14 @@ class TorchStrategy(Strategy):
         del self.optimizer, self._parameters
         super().teardown()
 
+    def _shard(self, tensor: torch.Tensor) -> FlatShard:
+        return whole(tensor)
+
     def _total_norm(self, gradients: list[torch.Tensor]) -> float:
         return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that belong to the model's state."""
+    persistent = module.state_dict().keys()
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -12,10 +13,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from toolkit.errors import ConfigError
 from toolkit.models import repeated_blocks
 from toolkit.strategies.base import Layout, TorchStrategy
+from toolkit.strategies.state import FlatShard, whole
 
 
 class FSDP(TorchStrategy):
@@ -113,6 +116,15 @@ class FSDP(TorchStrategy):
                 f"Its modules: {', '.join(there)}.",
             )
         return blocks
+
+    def _shard(self, tensor: torch.Tensor) -> FlatShard:
+        """Rows are sharded, and rows that follow one another are a range."""
+        if not isinstance(tensor, DTensor):
+            return whole(tensor)
+        assert all(p.is_replicate() or p.is_shard(0) for p in tensor.placements), tensor.placements
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        local: torch.Tensor = tensor.detach().to_local().view(-1)  # type: ignore[attr-defined]
+        return FlatShard(local, offset[0] * math.prod(tensor.shape[1:]) if offset else 0, tuple(tensor.shape))
 
     def _total_norm(self, gradients: list[torch.Tensor]) -> float:
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from toolkit.errors import ConfigError
-from toolkit.strategies.base import BuildOptimizer, Layout, Strategy, Update
+from toolkit.strategies.base import BuildOptimizer, Layout, Strategy, Update, persistent_buffers
 from toolkit.strategies.deepspeed_config import engine_config, import_deepspeed, quiet
+from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, whole
 
 
 class Zero(Strategy):
@@ -55,6 +55,8 @@ class Zero(Strategy):
         config = self._engine_config()
         # DeepSpeed rounds the weights to the reduced precision before it copies its fp32 masters from them.
         masters = {n: p.detach().clone() for n, p in model.named_parameters()} if self.precision.reduced else {}
+        # It keeps no master of what is frozen: a checkpoint gets the weights as they came.
+        self._frozen = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if not p.requires_grad}
         if self.world.size == 1:
             self.world.form_group()
         with quiet():
@@ -72,9 +74,10 @@ class Zero(Strategy):
                 ) from error
             self.engine = engine
         self.model = self.engine
-        for name, parameter in self.module.named_parameters():
-            if name in masters and parameter.requires_grad:
-                self._set_master(parameter, masters[name].to(self.world.device))
+        for name, shard in self.shards().items() if masters else ():
+            kind, _, parameter = name.partition("/")
+            if kind == "weights":
+                shard.data.copy_(masters[parameter].view(-1)[shard.start : shard.start + shard.data.numel()])
         self._read_back()
 
     @contextlib.contextmanager
@@ -116,8 +119,45 @@ class Zero(Strategy):
             if self.world.main:
                 state[name] = full.detach().float().cpu().clone()
         if self.world.main:
-            state |= {name: buffer.detach().cpu().clone() for name, buffer in _persistent_buffers(self.module)}
+            state |= {name: buffer.detach().cpu().clone() for name, buffer in persistent_buffers(self.module)}
         return state
+
+    def shards(self) -> dict[str, FlatShard]:
+        """fp32 masters and moments out of the flat partitions; what is frozen as it came."""
+        found = {f"weights/{name}": whole(tensor) for name, tensor in self._frozen.items()}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                found |= {f"{kind}/{name}": shard for kind, shard in self._shards_of(parameter).items()}
+        return found | {f"buffers/{name}": whole(buffer) for name, buffer in persistent_buffers(self.module)}
+
+    def loaded(self) -> None:
+        """Round the masters into the weights that forward and backward use."""
+        if self.stage != 3:
+            self.optimizer.update_lp_params()
+            return
+        self.optimizer.checkpoint_event_prologue()  # lets go of what is gathered
+        for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self.optimizer.checkpoint_event_epilogue()
+
+    def scaler_state(self) -> dict[str, float]:
+        """DeepSpeed counts the iterations, and notes the one of the last overflow."""
+        if self.precision.name != "fp16":
+            return {}
+        scaler = self.optimizer.loss_scaler
+        since = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+        return {"scale": float(scaler.cur_scale), "good_steps": since}
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Into DeepSpeed's."""
+        if self.precision.name == "fp16" and state:
+            scaler = self.optimizer.loss_scaler
+            scaler.cur_scale = float(state["scale"])
+            scaler.last_overflow_iter = scaler.cur_iter - 1 - int(state["good_steps"])
+
+    def discard(self) -> None:
+        """Let DeepSpeed clear its buffers in a step that moves nothing; what it does to the moments is filled anew."""
+        self.update(0.0)
 
     @property
     def module(self) -> nn.Module:
@@ -165,15 +205,34 @@ class Zero(Strategy):
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return list(self.optimizer.single_partition_of_fp32_groups)
 
-    def _set_master(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        utils = import_deepspeed(self.world.device).utils
+    def _shards_of(self, parameter: nn.Parameter) -> dict[str, FlatShard]:
+        """Master, moments and count of a trained parameter, where this rank's partition reaches into it."""
+        located = self._locate(parameter)
+        if located is None:
+            return {}
+        partition, offset, start, size, shape = located
+        state = adam_state(self.optimizer.optimizer, partition)
+        kinds = {"weights": partition} | {moment: state[moment] for moment in MOMENTS}
+        found = {
+            kind: FlatShard(flat.detach().view(-1).narrow(0, offset, size), start, shape)
+            for kind, flat in kinds.items()
+        }
+        return found | {"step": whole(state["step"])}
+
+    def _locate(self, parameter: Any) -> tuple[torch.Tensor, int, int, int, tuple[int, ...]] | None:
+        """Partition, offset in it, start in the parameter, elements, and the parameter's shape."""
         if self.stage != 3:
-            utils.safe_set_full_fp32_param(parameter, value)
-            return
-        # DeepSpeed's own setter of full values cannot do a size that the ranks do not divide: cut and pad here.
-        share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        padded = F.pad(value.flatten(), (0, share * self.world.size - value.numel()))
-        utils.safe_set_local_fp32_param(parameter, padded[share * self.world.rank : share * (self.world.rank + 1)])
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            partition = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            held, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+            return partition, here.start, held.start, held.numel, tuple(parameter.shape)
+        group, offset, share = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        start = share * self.world.rank
+        size = min(share, parameter.ds_numel - start)  # the last share is padded
+        partition = self.optimizer.fp32_partitioned_groups_flat[group]
+        return (partition, offset, start, size, tuple(parameter.ds_shape)) if size > 0 else None
 
     def _engine_config(self) -> dict[str, Any]:
         return engine_config(
@@ -200,8 +259,3 @@ class Zero(Strategy):
         wrong = [f"{key}: asked for {value}, got {found[key]}" for key, value in wanted.items() if found[key] != value]
         if wrong:
             raise ConfigError(f"DeepSpeed did not take these settings: {'; '.join(wrong)}")
-
-
-def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    persistent = module.state_dict().keys()
-    return ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)

@@ -1,0 +1,202 @@
+"""Saving while training goes on: the state is copied, and a thread of each rank writes, hashes and commits the copy.
+
+The threads talk over a process group of their own, so they never get between the collectives of training. At most one
+save is in flight. What goes wrong on one rank is raised on all of them, when the next save begins or `wait` is called.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from toolkit.checkpoint.manifest import sha256, write_file
+from toolkit.checkpoint.store import Store
+from toolkit.checkpoint.tensors import write_tensors
+from toolkit.errors import CheckpointError, NumericsError, ToolkitError
+from toolkit.strategies import Strategy
+from toolkit.strategies.state import FlatShard
+from toolkit.world import World
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time of one save went, in seconds: `stall` is what training waited for."""
+
+    stall: float
+    total: float
+
+
+class Saver:
+    """Saves the training state of one run. Every method is called by all ranks alike.
+
+    Args:
+        store: where to.
+        strategy: holds the state.
+        world: connected ranks.
+        attempt: number of this start of the run.
+        keep, keep_best: what `Store.retain` is told.
+        asynchronous: False waits for each save.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        strategy: Strategy,
+        world: World,
+        *,
+        attempt: int,
+        keep: int,
+        keep_best: bool,
+        asynchronous: bool,
+    ) -> None:
+        self.store = store
+        self.attempt = attempt
+        self.timings: list[Timing] = []
+        self._strategy = strategy
+        self._world = world
+        self._keep, self._keep_best = keep, keep_best
+        self._asynchronous = asynchronous
+        self._group = dist.new_group(backend="gloo") if world.connected else None
+        self._staged: dict[str, FlatShard] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in flight has failed, as far as this rank knows; `wait` raises it on all ranks."""
+        return self._error is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, manifest: Mapping[str, Any], rank_state: Mapping[str, Any]) -> float:
+        """Copy the state and begin to write it; the seconds that training waited.
+
+        Args:
+            manifest: what describes the checkpoint, alike on all ranks: `step`, `metrics` and more.
+            rank_state: of this rank alone, JSON-able.
+
+        Raises:
+            CheckpointError, NumericsError: of the save before this one, or without `asynchronous` of this one.
+        """
+        began = time.monotonic()
+        self.wait()
+        self._stage()
+        stall = time.monotonic() - began
+        self._thread = threading.Thread(target=self._run, args=(began, stall, dict(manifest), dict(rank_state)))
+        self._thread.daemon = True  # where a peer has died, the thread waits for it, and must not hold up the exit
+        self._thread.start()
+        if not self._asynchronous:
+            self.wait()
+            stall = time.monotonic() - began
+        return stall
+
+    def wait(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            CheckpointError, NumericsError: it failed, on this rank or on another.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _stage(self) -> None:
+        shards = self._strategy.shards()
+        if not self._staged:
+            pinned = self._world.device.type == "cuda"
+            self._staged = {
+                name: FlatShard(torch.empty_like(shard.data, device="cpu", pin_memory=pinned), shard.start, shard.shape)
+                for name, shard in shards.items()
+            }
+        torch._foreach_copy_(
+            [self._staged[name].data for name in shards], [shard.data for shard in shards.values()], non_blocking=True
+        )
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _run(self, began: float, stall: float, manifest: dict[str, Any], rank_state: dict[str, Any]) -> None:
+        step = manifest["step"]
+        try:
+            self._save(self.store.aside(step, self.attempt), manifest, rank_state)
+            self.timings.append(Timing(stall, time.monotonic() - began))
+        except ToolkitError as known:
+            self._error = known
+        except BaseException as defect:
+            self._error = CheckpointError(_failed(step, f"{type(defect).__name__}: {defect}"), _UNTOUCHED)
+            self._error.__cause__ = defect
+
+    def _save(self, aside: Path, manifest: dict[str, Any], rank_state: dict[str, Any]) -> None:
+        world, group, step = self._world, self._group, manifest["step"]
+        poisoned = sorted(set().union(*world.gather(_not_finite(self._staged), group)))
+        if poisoned:
+            raise NumericsError(
+                f"at step {step} {len(poisoned)} tensors are not finite ({', '.join(poisoned[:3])} …): not saved",
+                "Go on from the checkpoint before it with a lower --optim.lr, or --precision fp32.",
+            )
+        world.on_main(lambda: self.store.begin(aside), group)
+        files, problem = _write(aside, world.rank, self._staged, rank_state, group)
+        reports = world.gather((files, problem), group)
+        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(reports) if problem]
+
+        def commit() -> None:
+            if problems:
+                shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+                raise CheckpointError(_failed(step, problems[0]), _UNTOUCHED)
+            written = {name: file for files, _ in reports for name, file in files.items()}
+            listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.items())}
+            self.store.commit(aside, step, manifest | {"files": listed})
+            self.store.retain(self._keep, best=self._keep_best)
+
+        world.on_main(commit, group)
+
+
+_UNTOUCHED = "The checkpoints before it are untouched: mend the cause and run the same command again."
+
+
+def _failed(step: int, why: str) -> str:
+    return f"the checkpoint of step {step} could not be saved: {why}"
+
+
+def _write(
+    aside: Path,
+    rank: int,
+    staged: Mapping[str, FlatShard],
+    rank_state: Mapping[str, Any],
+    group: dist.ProcessGroup | None,
+) -> tuple[dict[str, tuple[int, str]], str]:
+    """Size and digest of each file that this rank wrote; or what went wrong, so that all ranks hear of it."""
+    own = aside / f"rank_{rank:05d}.json"
+    try:
+        files = write_tensors(aside, staged, group)
+        content = (json.dumps(rank_state) + "\n").encode()
+        write_file(own, content)
+        return files | {own.name: (len(content), sha256(own))}, ""
+    except CheckpointException as error:  # a BaseException; DCP raises it on all ranks alike
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return {}, f"on rank {rank}, {type(cause).__name__}: {cause}"
+    except OSError as error:
+        return {}, str(error)
+
+
+def _not_finite(staged: Mapping[str, FlatShard]) -> set[str]:
+    return {
+        name
+        for name, shard in staged.items()
+        if shard.data.is_floating_point() and not all(bool(end.isfinite()) for end in torch.aminmax(shard.data))
+    }

@@ -1,0 +1,140 @@
+"""The checkpoints of one run on the disk: committed in one rename, kept while they are needed, never half there.
+
+A checkpoint is written aside, under a name that no other save will use. Its files and then its folder are flushed, the
+folder is renamed to `step_…`, the pointer moves, and only then are older ones removed. What a kill leaves at any
+moment is therefore either a folder aside, which is put in quarantine at the next start, or a whole checkpoint. Which
+one is the newest is read from the names, so neither a clock nor the pointer can mislead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit.checkpoint.manifest import Damaged, read_manifest, sync_folder, write_file, write_manifest
+from toolkit.errors import CheckpointError
+
+ASIDE = ".writing_"
+REMOVING = ".removing_"
+POINTER = "latest.json"
+QUARANTINE = "quarantine"
+QUARANTINE_KEEPS = 3
+"""Folders kept there; older ones are removed, or repeated kills would fill the disk."""
+
+
+class Store:
+    """The folder `checkpoints/` of a run. One process writes to it: rank 0."""
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "checkpoints"
+
+    def committed(self) -> list[tuple[int, Path]]:
+        """Steps and folders that were committed, the newest step first; whether they are good is another question."""
+        if not self.folder.is_dir():
+            return []
+        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _named(path))]
+        return sorted(found, reverse=True)
+
+    def unfinished(self) -> list[Path]:
+        """What a kill left of saves."""
+        return sorted(self.folder.glob(f"{ASIDE}*"))
+
+    def pointer(self) -> int | None:
+        """The step that was committed last, by the pointer; None where it is missing or damaged."""
+        try:
+            return int(json.loads((self.folder / POINTER).read_bytes())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def aside(self, step: int, attempt: int) -> Path:
+        """Where a checkpoint is to be written. An attempt saves a step once, so no name is used twice."""
+        return self.folder / f"{ASIDE}step_{step:08d}_attempt_{attempt:04d}"
+
+    def begin(self, aside: Path) -> None:
+        """Make the folder aside."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+
+    def commit(self, aside: Path, step: int, manifest: Mapping[str, Any]) -> Path:
+        """Make what was written aside the newest checkpoint."""
+        target = self.folder / f"step_{step:08d}"
+        if target.exists():
+            raise CheckpointError(f"{target} is there already", "Another process writes to this run: stop one of them.")
+        write_manifest(aside, manifest)
+        aside.rename(target)
+        sync_folder(self.folder)
+        pointer = self.folder / f".{POINTER}"
+        write_file(pointer, (json.dumps({"step": step, "folder": target.name}) + "\n").encode())
+        pointer.rename(self.folder / POINTER)
+        sync_folder(self.folder)
+        return target
+
+    def retain(self, keep: int, *, best: bool) -> None:
+        """Remove committed ones but the newest `keep`, and with `best` the one with the lowest validation loss.
+
+        Only what is sound by its manifest counts. What is not is left to `quarantine`, which a start does.
+        """
+        sound = [(step, path, manifest) for step, path, manifest in self._sound()]
+        kept = {step for step, _, _ in sound[:keep]}
+        if best:
+            kept |= {step for step, loss in _losses(sound) if loss == min(loss for _, loss in _losses(sound))}
+        for step, path, _ in sound:
+            if step not in kept:
+                self.remove(path)
+
+    def best(self) -> Path | None:
+        """The sound checkpoint with the lowest validation loss, the earlier where two are equal."""
+        sound = list(self._sound())
+        losses = sorted((loss, step) for step, loss in _losses(sound))
+        return next((path for step, path, _ in sound if step == losses[0][1]), None) if losses else None
+
+    def remove(self, path: Path) -> None:
+        """Remove a folder: out of sight in one rename, then file by file."""
+        doomed = self.folder / f"{REMOVING}{path.name.lstrip('.')}_{os.getpid()}"
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def quarantine(self, path: Path, reason: str) -> Path:
+        """Move a folder out of the way, with the reason beside it. The newest few are kept."""
+        shelf = self.folder / QUARANTINE
+        shelf.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            target = shelf / f"{path.name.lstrip('.')}.{number}"
+            if not target.exists():
+                break
+        path.rename(target)
+        Path(f"{target}.txt").write_text(reason + "\n", encoding="utf-8")
+        kept = sorted((p for p in shelf.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+        for old in kept[QUARANTINE_KEEPS:]:
+            shutil.rmtree(old, ignore_errors=True)
+            Path(f"{old}.txt").unlink(missing_ok=True)
+        return target
+
+    def clean(self) -> list[Path]:
+        """At a start: finish removals that were cut short, and put unfinished saves in quarantine; these."""
+        for doomed in self.folder.glob(f"{REMOVING}*"):
+            shutil.rmtree(doomed, ignore_errors=True)
+        return [self.quarantine(path, "a save that was not finished") for path in self.unfinished()]
+
+    def _sound(self) -> Iterator[tuple[int, Path, dict[str, Any]]]:
+        for step, path in self.committed():
+            try:
+                yield step, path, read_manifest(path)
+            except Damaged:
+                continue
+
+
+def _named(path: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"step_(\d{8,})", path.name)
+
+
+def _losses(sound: list[tuple[int, Path, dict[str, Any]]]) -> list[tuple[int, float]]:
+    found = [(step, manifest["metrics"].get("validation_loss")) for step, _, manifest in sound]
+    return [(step, loss) for step, loss in found if loss is not None and math.isfinite(loss)]
