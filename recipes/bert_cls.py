@@ -20,8 +20,7 @@ from toolkit.config import (
 )
 from toolkit.data import text_classification
 from toolkit.data.summary import majority, plan_rows, report_facts
-from toolkit.engine import train_step
-from toolkit.models import load_classifier, load_tokenizer
+from toolkit.models import input_limits, load_classifier, load_tokenizer
 from toolkit.session import Session
 from toolkit.start import start
 from toolkit.tasks import Classification
@@ -48,11 +47,11 @@ def main(config: Config) -> None:
         tokenizer = load_tokenizer(config.model)
         data = text_classification(config.data, tokenizer)
         model = load_classifier(config.model, data.labels, seed=config.run.seed)
-        task = Classification(data.labels, tokenizer, config.train.label_smoothing)
+        limits = input_limits(model, config.data.max_length)
+        task = Classification(data.labels, tokenizer, config.train.label_smoothing, **limits)
 
-        train, validation, test = session.loaders(
-            task, data.train, data.validation, data.test, workers=config.data.workers
-        )
+        options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows}
+        train, validation, test = session.loaders(task, data.train, data.validation, data.test, **options)
         plan = {"model": {"name": config.model.name}, "data": plan_rows(data, config.data.max_length)}
         session.setup(model, tokenizer=tokenizer, data_fingerprint=data.fingerprint, plan=plan)
         session.describe(labels=data.labels, data=report_facts(data, config.data.max_length))
@@ -60,13 +59,9 @@ def main(config: Config) -> None:
         for warning in data.facts["warnings"]:
             session.console.warn(warning)
 
-        before = session.evaluate(test, "test before training")
-        for step in session.steps(train):
-            learning_rate = session.schedule(step.number)
-            result = train_step(session.strategy, task, step, learning_rate=learning_rate, seed=config.run.seed)
-            session.log(step, result)
-            if session.evaluation_due(step):
-                session.log_evaluation(step, session.evaluate(validation, "validation"))
+        before = session.baseline(test, "test before training")
+        for step in session.steps(train, validation):  # evaluates, saves, goes on after a kill, stops on a signal
+            session.log(step, session.train_step(step))
         after = session.evaluate(test, "test")
         session.finish(before=before, test=after, majority=majority(data))
 

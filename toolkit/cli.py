@@ -12,10 +12,10 @@ import os
 import sys
 import traceback
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -27,6 +27,8 @@ from toolkit.report.console import PLAIN_WIDTH
 
 INTERRUPTED_EXIT_CODE = 130
 BROKEN_PIPE_EXIT_CODE = 141  # what a shell shows of a program that SIGPIPE ends
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,19 @@ class Command:
     summary: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A command that has commands of its own.
+
+    Attributes:
+        summary: what they are about, in one line.
+        module: holds them as `COMMANDS`: name → (summary, add_arguments, run); imported when the group is chosen.
+    """
+
+    summary: str
+    module: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,16 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    parser = _Parser(
-        prog="toolkit",
-        description="A distributed training toolkit for large models. Recipes train; these commands do the rest.",
-        epilog="commands:\n"
-        + "".join(f"  {name:<{max(map(len, COMMANDS))}}  {command.summary}\n" for name, command in COMMANDS.items())
-        + "\n`toolkit COMMAND --help` tells its options.",
-        formatter_class=RawDescriptionHelpFormatter,
-        usage="toolkit COMMAND …",
-    )
-    parser.add_argument("command", metavar="COMMAND", nargs="?", help=SUPPRESS)
+    about = "A distributed training toolkit for large models. Recipes train; these commands do the rest."
+    parser = _list_of_commands("toolkit", about, COMMANDS)
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     asked = parser.parse_args(words[:1])
     if asked.version:
@@ -92,17 +99,50 @@ def _run(words: list[str]) -> int:
     if asked.command is None:
         parser.print_help(sys.stderr)
         return USER_ERROR_EXIT_CODE
-    command = COMMANDS.get(asked.command)
-    if command is None:
-        raise ConfigError(
-            f"there is no command '{asked.command}'.{nearest(asked.command, COMMANDS)}",
-            f"Commands: {', '.join(COMMANDS)}.",
-        )
-    parser = _Parser(prog=f"toolkit {asked.command}", description=command.summary)
+    command = _find(asked.command, COMMANDS)
+    if isinstance(command, Group):
+        return _run_one_of(command, f"toolkit {asked.command}", words[1:])
+    return _run_command(command, f"toolkit {asked.command}", words[1:])
+
+
+def _run_one_of(group: Group, program: str, words: list[str]) -> int:
+    commands = {name: Command(*entry) for name, entry in importlib.import_module(group.module).COMMANDS.items()}
+    parser = _list_of_commands(program, group.summary, commands)
+    asked = parser.parse_args(words[:1])
+    if asked.command is None:
+        parser.print_help(sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    return _run_command(_find(asked.command, commands), f"{program} {asked.command}", words[1:])
+
+
+def _run_command(command: Command, program: str, words: list[str]) -> int:
+    parser = _Parser(prog=program, description=command.summary)
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # Intermixed, or `RUN --json TEXT` would end at the option: argparse gives `*` nothing before it.
-    return command.run(parser.parse_intermixed_args(words[1:]))
+    return command.run(parser.parse_intermixed_args(words))
+
+
+def _list_of_commands(program: str, about: str, commands: Mapping[str, Command | Group]) -> ArgumentParser:
+    parser = _Parser(
+        prog=program,
+        description=about,
+        epilog="commands:\n"
+        + "".join(f"  {name:<{max(map(len, commands))}}  {command.summary}\n" for name, command in commands.items())
+        + f"\n`{program} COMMAND --help` tells its options.",
+        formatter_class=RawDescriptionHelpFormatter,
+        usage=f"{program} COMMAND …",
+    )
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help=SUPPRESS)
+    return parser
+
+
+def _find(name: str, commands: Mapping[str, T]) -> T:
+    if name not in commands:
+        raise ConfigError(
+            f"there is no command '{name}'.{nearest(name, commands)}", f"Commands: {', '.join(commands)}."
+        )
+    return commands[name]
 
 
 class _Parser(ArgumentParser):
@@ -173,7 +213,10 @@ def _samples(arguments: Namespace) -> int:
     return 0
 
 
-COMMANDS = {
+COMMANDS: dict[str, Command | Group] = {
+    "checkpoint": Group(
+        "list, verify, export, convert or remove the checkpoints of a run", "toolkit.checkpoint.commands"
+    ),
     "predict": _of_module("put texts into classes with the model of a run", "toolkit.predict.command"),
     "report": Command("make a run's report.html again and print its path", _report_arguments, _report),
     "samples": Command("list the models and data that need no hub, or fetch one", _samples_arguments, _samples),

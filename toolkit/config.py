@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import tyro
 import yaml
@@ -86,6 +86,8 @@ class TextDataConfig:
     """Processes that collate batches beside the training process; 0 collates in it."""
     tokenize_processes: Count | None = None
     """Processes that cut texts into tokens; by default one for each core, at most 8. Small data uses fewer."""
+    max_bad_rows: Natural = 100
+    """Training samples that may turn out unfit (damaged or too long) and are left out, before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,15 @@ class TrainConfig:
     """Clip the gradient to this global norm; `None` does not clip."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes in the training loss."""
+    on_fault: Literal["stop", "rewind"] = "stop"
+    """What follows a loss or gradient that is not finite, or a spike: `stop` the run, or `rewind` to the newest
+    checkpoint and leave out the samples of that step; if it happens again before the next checkpoint, those of all
+    steps since."""
+    spike: Positive | None = None
+    """Take a loss for a spike that lies so many robust standard deviations (1.4826 × the median absolute deviation of
+    the last 100 losses) above their median; 10 is a cautious choice. By default nothing is a spike."""
+    max_rewinds: Count = 3
+    """Rewinds of one run, after which a fault stops it."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +164,25 @@ class StrategyConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of the model."""
+    """How a run survives, and what is kept of the model."""
 
+    every: Count | None = None
+    """Steps between two checkpoints. One is always written at the end, and when a signal stops the run."""
+    every_minutes: Positive | None = 10.0
+    """Minutes between two checkpoints, beside or instead of `every`."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest validation loss too, and finish with its weights."""
+    asynchronous: bool = True
+    """Write while training goes on; otherwise it waits."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """`auto`: the same command line goes on with its run where there is one. `never` starts a new run; `must` refuses
+    to."""
+    allow_change: tuple[str, ...] = ()
+    """Keys (or sections) that may differ from those of the run that is continued, as `train.steps`."""
+    crash_limit: Count = 3
+    """Refuse to start after so many crashes in a row at the same step."""
     save_model: bool = True
     """Write the trained model to `model/` in the run's folder (Hugging Face layout)."""
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMGT]B$")] = "5GB"
@@ -179,8 +207,39 @@ class RunConfig:
     """Stop after so many evaluations in a row without a lower validation loss."""
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate to log to: `tensorboard`."""
+    hang_seconds: Positive | None = 10.0
+    """End the run (exit code 75) where no progress is made for so long and three times the slowest hundredth of the
+    steps; `None` never does."""
     debug: bool = False
     """Show the traceback of an error."""
+
+
+class RecipeConfig(Protocol):
+    """The sections that every recipe's settings have."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """How long, and in what batches."""
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Optimizer and schedule."""
+
+    @property
+    def precision(self) -> str:
+        """Number format."""
+
+    @property
+    def strategy(self) -> StrategyConfig:
+        """Layout over the ranks."""
+
+    @property
+    def checkpoint(self) -> CheckpointConfig:
+        """What is kept."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Folder, seed, reporting."""
 
 
 def parse(

@@ -6,7 +6,9 @@ depend on how the samples lie. Every rank makes the same number of forwards in b
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,6 @@ from typing import Any
 import torch
 
 from toolkit.data.loader import Loader, Step
-from toolkit.errors import NumericsError
 from toolkit.strategies import Strategy
 from toolkit.tasks import Task
 
@@ -24,11 +25,14 @@ class StepResult:
     """The figures of one optimizer step, alike on every rank.
 
     Attributes:
-        loss: mean over the units of all ranks.
+        loss: mean over the units of all ranks; NaN where there are none.
         grad_norm: global norm before clipping; NaN where the step was skipped.
         units: of all ranks.
-        applied: False where fp16's loss scaler skipped the step.
-        loss_scale: for fp16 only.
+        applied: False where fp16's loss scaler skipped the step, or there was nothing in it.
+        loss_scale: for fp16 only, of a step that had units.
+        skipped_rows: rows of all ranks that were left out as unfit; `Step.skipped` names this rank's.
+        fault: why nothing was applied though there was something in it, with the samples; empty otherwise.
+        busy: seconds of this rank, and no other, in forward.
     """
 
     loss: float
@@ -36,34 +40,67 @@ class StepResult:
     units: int
     applied: bool
     loss_scale: float | None
+    skipped_rows: int
+    fault: str = ""
+    busy: float = 0.0
 
 
-def train_step(strategy: Strategy, task: Task, step: Step, *, learning_rate: float, seed: int) -> StepResult:
-    """Forward and backward over the step's micro-batches, then one update.
+def not_finite(loss: float) -> str:
+    """Why this loss must not be applied, or an empty text."""
+    return "" if math.isfinite(loss) else f"the loss is {loss}"
 
-    Dropout is seeded by (seed, step, rank), so that a step is the same whenever it is run again.
 
-    Raises:
-        NumericsError: the loss or the gradient is not finite; raised on all ranks alike, before the update.
+def train_step(
+    strategy: Strategy,
+    task: Task,
+    step: Step,
+    *,
+    learning_rate: float,
+    seed: int,
+    refuse: Callable[[float], str] = not_finite,
+) -> StepResult:
+    """Forward and backward over the step's micro-batches, then one update; nothing where all rows are unfit.
+
+    Dropout is seeded by (seed, step, rank), so that a step is the same whenever it is run again. What must not be
+    learnt from is not applied, and stands in the result as its `fault`; the gradients are then still there.
+
+    Args:
+        strategy: holds model and optimizer.
+        task: says what to compute.
+        step: this rank's micro-batches.
+        learning_rate: of this step.
+        seed: of the run.
+        refuse: why the loss of all ranks must not be applied, or an empty text; called alike on all of them.
     """
     world = strategy.world
     seed_all(seed, step.number, world.rank)
     strategy.model.train()
-    units = world.sum(torch.tensor(float(sum(map(task.units, step.micro_batches))), device=world.device))
-    loss = torch.zeros((), device=world.device)
+    own_units = sum(map(task.units, step.micro_batches))
+    counts = world.sum(torch.tensor([float(own_units), float(len(step.skipped))], device=world.device))
+    units, skipped_rows = counts.unbind()
+    # A rank with units knows this without waiting for the sum.
+    if own_units == 0 and int(units) == 0:
+        # Not even an update without a gradient: momentum and decay would move the weights.
+        return StepResult(math.nan, math.nan, 0, False, None, int(skipped_rows))
+    loss, busy = torch.zeros((), device=world.device), 0.0
     for index, batch in enumerate(step.micro_batches):
         batch = batch.to(world.device)
         with strategy.micro_batch(last=index + 1 == len(step.micro_batches)):
+            began = time.monotonic()
             part = task.loss(strategy.forward(batch.inputs), batch) / units
+            busy += time.monotonic() - began
             strategy.backward(part)
         loss += part.detach()
     own, total = float(loss), float(world.sum(loss))
-    if not math.isfinite(total):
-        _stop(strategy, step, "loss", total, own)
+    if fault := refuse(total):
+        fault = _with_samples(fault, strategy, step, own)
+        return StepResult(total, math.nan, int(units), False, None, int(skipped_rows), fault, busy)
     update = strategy.update(learning_rate)
     if not math.isfinite(update.grad_norm) and update.loss_scale is None:
-        _stop(strategy, step, "gradient norm", update.grad_norm, own)
-    return StepResult(total, update.grad_norm, int(units), update.applied, update.loss_scale)
+        fault = _with_samples(f"the gradient norm is {update.grad_norm}", strategy, step, own)
+    return StepResult(
+        total, update.grad_norm, int(units), update.applied, update.loss_scale, int(skipped_rows), fault, busy
+    )
 
 
 @torch.no_grad()
@@ -71,6 +108,8 @@ def evaluate(
     strategy: Strategy, task: Task, loader: Loader, on_batch: Callable[[int], None] = lambda done: None
 ) -> dict[str, Any]:
     """The task's metrics over all samples of `loader`, each counted once; alike on every rank.
+
+    `skipped` among them lists id and fault of those that were left out as unfit, of all ranks.
 
     Args:
         strategy: holds the model.
@@ -80,12 +119,15 @@ def evaluate(
     """
     strategy.model.eval()
     counts: dict[str, torch.Tensor] = {}
+    skipped: list[tuple[int, str]] = []
     for done, batch in enumerate(loader.once(), start=1):
         batch = batch.to(strategy.world.device)
         for name, count in task.measure(strategy.forward(batch.inputs), batch).items():
             counts[name] = counts[name] + count if name in counts else count
+        skipped += batch.skipped
         on_batch(done)
-    return task.metrics({name: strategy.world.sum(count) for name, count in counts.items()})
+    metrics = task.metrics({name: strategy.world.sum(count) for name, count in counts.items()})
+    return metrics | {"skipped": list(itertools.chain.from_iterable(strategy.world.gather(skipped)))}
 
 
 def seed_all(seed: int, step: int, rank: int) -> None:
@@ -95,13 +137,10 @@ def seed_all(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
-def _stop(strategy: Strategy, step: Step, what: str, value: float, own_loss: float) -> None:
+def _with_samples(fault: str, strategy: Strategy, step: Step, own_loss: float) -> str:
     ids = [id_ for batch in step.micro_batches for id_ in batch.ids]
     reports = strategy.world.gather((own_loss, ids))
     # A loss that is not finite names its ranks. A gradient is known only as the sum over all ranks.
     at_fault = [rank for rank, (loss, _) in enumerate(reports) if not math.isfinite(loss)] or range(len(reports))
     samples = "; ".join(f"rank {rank}: samples {reports[rank][1]}" for rank in at_fault)
-    raise NumericsError(
-        f"the {what} is {value} at step {step.number} ({samples})",
-        "Nothing was applied at this step. Lower --optim.lr, use --precision bf16 or fp32, or look at these samples.",
-    )
+    return f"{fault} at step {step.number} ({samples})"

@@ -11,6 +11,8 @@ import difflib
 from collections.abc import Iterable
 
 USER_ERROR_EXIT_CODE = 2
+RESUMABLE_EXIT_CODE = 75
+"""The run did not end, but can go on from its last checkpoint: a launcher may start it again."""
 
 
 class ToolkitError(Exception):

@@ -23,6 +23,9 @@ HUB_PATIENCE = 20.0
 """Seconds that the hub has to answer in."""
 _OTHER_MODELS = f"Models that need no hub: {', '.join('sample:' + name for name in samples.names('model'))}."
 
+POSITION_TABLES = frozenset({"position_embeddings", "embed_positions", "positions_embed", "wpe"})
+"""How the networks of transformers call the embedding of a token's place in its text, where they learn one."""
+
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer of the model, as transformers' fast tokenizer.
@@ -139,6 +142,23 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Numbers of all parameters and of the trainable ones."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def input_limits(model: Any, max_length: int) -> dict[str, int | None]:
+    """What a sample may hold, as keyword arguments of a task: the `vocabulary` and, as a length, the `positions`.
+
+    Args:
+        model: of transformers, not yet laid over the ranks.
+        max_length: what texts were cut to; a longer sample is damaged, even where the model could take it.
+    """
+    config = model.config.get_text_config()
+    lengths = [max_length]
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin count from behind the row of the padding; others have rows to spare.
+            behind = 0 if module.padding_idx is None else module.padding_idx + 1
+            lengths += [module.num_embeddings - behind, config.max_position_embeddings]
+    return {"vocabulary": getattr(config, "vocab_size", None), "positions": min(lengths)}
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

@@ -10,70 +10,42 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from toolkit.config import CheckpointConfig, OptimConfig, RunConfig, StrategyConfig, TrainConfig, plain, to_yaml
+from toolkit.config import RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
-from toolkit.engine import StepResult, evaluate
-from toolkit.errors import CheckpointError, ConfigError, ToolkitError
+from toolkit.engine import StepResult, evaluate, train_step
+from toolkit.errors import CheckpointError, ConfigError, DataError, LaunchError, NumericsError, ToolkitError
 from toolkit.models import parameter_counts
+from toolkit.numerics import LossGuard
 from toolkit.optim import Schedule, adamw, build_schedule
+from toolkit.overview import manifest, overview
 from toolkit.precision import choose_precision
-from toolkit.report import Console, RunFolder, Trackers, build_manifest, write_html
+from toolkit.progress import Progress
+from toolkit.recovery import Recovery
+from toolkit.report import Console, RunFolder, Trackers, versions, write_html
+from toolkit.runs import find_run, lock, open_folder
+from toolkit.signals import StopRequest
 from toolkit.strategies import choose_strategy
 from toolkit.tasks import Task
+from toolkit.watchdog import Watchdog, slow_ranks
 from toolkit.world import world
 
-
-class RecipeConfig(Protocol):
-    """The sections that every recipe's settings have."""
-
-    @property
-    def train(self) -> TrainConfig:
-        """How long, and in what batches."""
-
-    @property
-    def optim(self) -> OptimConfig:
-        """Optimizer and schedule."""
-
-    @property
-    def precision(self) -> str:
-        """Number format."""
-
-    @property
-    def strategy(self) -> StrategyConfig:
-        """Layout over the ranks."""
-
-    @property
-    def checkpoint(self) -> CheckpointConfig:
-        """What is kept."""
-
-    @property
-    def run(self) -> RunConfig:
-        """Folder, seed, reporting."""
+STEPS_BETWEEN_LOOKS = 20
+"""At the time that each rank needs for itself, to name slow ones."""
+NOTICEABLE_SECONDS = 0.05
+"""Of a step: less is noise."""
 
 
 class Interrupted(Exception):
-    """All ranks have agreed to stop after a step, because a signal asked for it."""
-
-
-@dataclass
-class _Best:
-    """The lowest validation loss so far, and how many evaluations it has stood."""
-
-    loss: float = math.inf
-    step: int = 0
-    stale: int = 0
+    """All ranks have agreed to stop, because a signal asked for it; what they had done is saved."""
 
 
 class Session:
@@ -112,18 +84,18 @@ class Session:
             max_grad_norm=config.train.max_grad_norm,
         )
         Trackers(config.run.trackers, Path(), "", {}, main=False)  # refuses unknown names before anything is loaded
-        if config.run.dir and config.run.name:
-            raise ConfigError("--run.name has no effect beside --run.dir", "Drop one of the two.")
-        _refuse_taken(self._folder_asked_for())
+        self._run = find_run(recipe, config)
         self._folder: RunFolder | None = None
+        self._stop = StopRequest()
+        self._cleanup = contextlib.ExitStack()
+        self._progress = Progress()
+        self._guard = LossGuard(config.train.spike)
+        self._fault = ""
         self._ready = False
-        self._began = time.monotonic()
-        self._report: dict[str, Any] = {"evaluations": [], "steps": 0}
-        self._best = _Best()
-        self._signals: list[float] = []
-        self._skipped = 0
-        self._training_seconds = 0.0
-        self._samples = 0
+        self._began = self._last_time = time.monotonic()
+        self._seconds_before = 0.0
+        self._busy = torch.zeros(self.world.size)
+        self._report: dict[str, Any] = {}
 
     @property
     def folder(self) -> RunFolder:
@@ -135,7 +107,7 @@ class Session:
         return self
 
     def loaders(
-        self, task: Task, train: Any, validation: Any, test: Any, *, workers: int = 0
+        self, task: Task, train: Any, validation: Any, test: Any, *, workers: int = 0, max_bad_rows: int = 0
     ) -> tuple[Loader, Loader, Loader]:
         """Batches of the three splits for this rank; fixes how many steps the run has.
 
@@ -143,6 +115,7 @@ class Session:
             task: collates the samples, and reads the settings of the loss.
             train, validation, test: Arrow data sets with a column `length`.
             workers: processes that collate; 0 collates in this one.
+            max_bad_rows: training samples that may turn out unfit before the run stops.
 
         Raises:
             ConfigError: a setting that this task does not read, or a schedule that does not fit the run.
@@ -156,6 +129,7 @@ class Session:
             "seed": self.config.run.seed,
             "workers": workers,
             "pin_memory": self.world.device.type == "cuda",
+            "problem": task.problem,
         }
         training = Loader(train, task.collate, self.shape, **options)
         steps = self.config.train.steps
@@ -163,7 +137,7 @@ class Session:
         self.schedule = build_schedule(self.config.optim, self.total_steps)
         self._check_evaluations(training.steps_per_epoch)
         evaluation = BatchShape(0, self.config.train.eval_batch, 1, self.world.size)
-        self._task, self._train = task, training
+        self._task, self._train, self._max_bad_rows = task, training, max_bad_rows
         return (
             training,
             Loader(validation, task.collate, evaluation, **options),
@@ -195,10 +169,23 @@ class Session:
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim))
         self._tokenizer = tokenizer
         self._folder = RunFolder(self.world.on_main(self._open_folder))
+        self._check_shared()
+        self._resume(data_fingerprint)
         self._trackers = Trackers(
-            self.config.run.trackers, self.folder.path, self.folder.path.name, plain(self.config), self.world.main
+            self.config.run.trackers,
+            self.folder.path,
+            self.folder.path.name,
+            plain(self.config),
+            self.world.main,
+            start_step=self._progress.step,
         )
-        rows = self._plan_rows(plan, total, trainable)
+        run = {"folder": str(self.folder.path)}
+        if self._progress.step:
+            run["goes on"] = f"after step {self._progress.step:,}, attempt {self._recovery.attempt}"
+        parameters = {"parameters": f"{total:,}, {trainable:,} trainable"}
+        rows = {section: dict(values) for section, values in plan.items()}
+        rows["model"] = rows.get("model", {}) | parameters
+        rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
         rates = [self.schedule(step) for step in range(1, self.total_steps + 1)]
         self._report |= {
             "plan": rows,
@@ -209,6 +196,8 @@ class Session:
         self.console.plan(rows, rates)
         if self.precision.name == "fp16" and self.world.device.type == "cpu":
             self.console.warn("few CPUs multiply fp16 in hardware: expect this to be very slow; bf16 is not.")
+        self._cleanup.enter_context(self._stop)
+        self._watchdog = self._cleanup.enter_context(self._make_watchdog())
         self._ready = True
 
     def describe(self, **facts: Any) -> None:
@@ -216,42 +205,75 @@ class Session:
         self._report |= facts
 
     def evaluate(self, loader: Loader, title: str) -> dict[str, Any]:
-        """The task's metrics over all samples of `loader`, with progress."""
-        total = loader.forwards_of_one_pass
-        return evaluate(
-            self.strategy, self._task, loader, on_batch=lambda done: self.console.evaluation(title, done, total)
-        )
-
-    def steps(self, loader: Loader) -> Iterator[Step]:
-        """The steps of the run, with progress and signals; ends early where `early_stopping` says so.
+        """The task's metrics over all samples of `loader`, with progress.
 
         Raises:
-            Interrupted: a signal asked to stop; raised on all ranks after the same step.
+            Interrupted: a signal asked to stop; raised on all ranks after the same batch.
         """
-        self._last_time = time.monotonic()
-        with (
-            self._listening(),
-            self.console.progress(self.total_steps, log_every=self.config.run.log_every) as progress,
-        ):
-            self._progress = progress
-            for step in loader.steps(self.total_steps):
-                yield step
-                self._report["steps"] = step.number
-                if self._asked_to_stop():
-                    self.console.warn(f"interrupted: stopped after step {step.number} of {self.total_steps}")
-                    raise Interrupted
-                if self._stale():
-                    self.console.note(
-                        f"early stopping after step {step.number}: "
-                        f"no lower validation loss since step {self._best.step}"
-                    )
-                    break
+        total = loader.forwards_of_one_pass
+
+        def on_batch(done: int) -> None:
+            self._watchdog.beat("evaluation", self._progress.step)
+            self.console.evaluation(title, done, total)
+            if done < total and self.world.sum(torch.tensor(bool(self._stop.reason))):
+                self._interrupt()
+
+        self._watchdog.beat("evaluation", self._progress.step)
+        return evaluate(self.strategy, self._task, loader, on_batch)
+
+    def baseline(self, loader: Loader, title: str) -> dict[str, Any]:
+        """The metrics before training: measured once in the life of a run, and remembered when it goes on."""
+        if self._progress.baseline is None:
+            self._progress.baseline = self.evaluate(loader, title)
+        return self._progress.baseline
+
+    def steps(self, loader: Loader, validation: Loader) -> Iterator[Step]:
+        """The steps of the run that are still to be taken; between them it evaluates and saves, where that is due.
+
+        It ends early where `early_stopping` says so. With `keep_best` the best weights are in force at the end.
+
+        Raises:
+            Interrupted: a signal asked to stop; raised on all ranks after the same step, which is saved.
+            CheckpointError: a save failed; raised on all ranks.
+        """
+        total, progress = self.total_steps, self._progress
+        with self.console.progress(total, start=progress.step, log_every=self.config.run.log_every) as self._bar:
+            if self.config.train.on_fault == "rewind" and self._recovery.saved is None:
+                self._save()  # there must be something to go back to
+            self._evaluate_if_due(validation)  # what a signal cut short
+            while self._progress.step < total and not self._stale():
+                yield from self._steps_until_a_fault(loader, validation)
+        if self._recovery.saved != self._progress.step:
+            self._save()
+        if self.config.checkpoint.keep_best and (best := self._recovery.load_best()):
+            self.console.note(f"the weights of step {best.step}, with the lowest validation loss, are in force")
+
+    def train_step(self, step: Step) -> StepResult:
+        """`engine.train_step` with the run's learning rate, seed and guard against bad losses."""
+        return train_step(
+            self.strategy,
+            self._task,
+            step,
+            learning_rate=self.schedule(step.number),
+            seed=self.config.run.seed,
+            refuse=self._guard.refuse,
+        )
 
     def log(self, step: Step, result: StepResult) -> None:
-        """Write the figures of a step to metrics.jsonl, the screen and the trackers."""
+        """Write the figures of a step to metrics.jsonl, the screen, the trackers and the ledger of samples.
+
+        Raises:
+            NumericsError: the step was refused, and `on_fault` or `max_rewinds` says to stop; on all ranks alike.
+        """
+        if result.fault:
+            self._note_fault(result.fault)
+            return
         now = time.monotonic()
         seconds, self._last_time = now - self._last_time, now
-        rate = step.samples / seconds
+        rate, progress = step.samples / seconds, self._progress
+        progress.step, progress.epoch, progress.samples = step.number, step.epoch, step.samples_seen
+        progress.loss = result.loss if math.isfinite(result.loss) else None
+        progress.training_seconds += seconds
         line: dict[str, Any] = {
             "step": step.number,
             "epoch": step.epoch,
@@ -260,41 +282,23 @@ class Session:
             "lr": self.schedule(step.number),
             "units": result.units,
             "samples_seen": step.samples_seen,
-            "seconds": now - self._began,
+            "seconds": self._seconds,
             "samples_per_second": rate,
         }
         more = {"lr": line["lr"]}
         if result.loss_scale is not None:
-            self._skipped += not result.applied
+            progress.skipped_steps += not result.applied
             line |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
-            more |= {"skipped": self._skipped, "scale": result.loss_scale}
+            more |= {"skipped": progress.skipped_steps, "scale": result.loss_scale}
+        self._recovery.consumed(step)
         if self.world.main:
             self.folder.append_metrics([line])
             if step.number % self.config.run.log_every == 0 or step.number == self.total_steps:
                 self._trackers.log({f"train/{key}": line[key] for key in ("loss", "grad_norm", "lr")}, step.number)
-        self._progress.update(step.number, loss=result.loss, samples_per_second=rate, **more)
-        self._training_seconds += seconds
-        self._samples = step.samples_seen
-
-    def evaluation_due(self, step: Step) -> bool:
-        """Whether the validation split is to be evaluated after this step."""
-        every = self.config.run.eval_every
-        if every:
-            return step.number % every == 0
-        return step.number % self._train.steps_per_epoch == 0 or step.number == self.total_steps
-
-    def log_evaluation(self, step: Step, metrics: Mapping[str, Any]) -> None:
-        """Note an evaluation on the validation split; early stopping goes by its loss."""
-        figures = {key: value for key, value in metrics.items() if isinstance(value, float)}
-        self._report["evaluations"].append({"step": step.number, **figures})
-        shown = ", ".join(f"{key} {value:.4f}" for key, value in figures.items() if key in ("loss", "accuracy"))
-        self.console.note(f"validation after step {step.number}: {shown}")
-        self._trackers.log({f"validation/{key}": value for key, value in figures.items()}, step.number)
-        if metrics["loss"] < self._best.loss:
-            self._best = _Best(metrics["loss"], step.number)
-        else:
-            self._best.stale += 1
-        self._last_time = time.monotonic()  # the time of an evaluation is no step's
+        self._bar.update(step.number, loss=result.loss, samples_per_second=rate, **more)
+        if result.skipped_rows:
+            self._note_bad_rows(step)
+        self._busy[self.world.rank] += result.busy
 
     def finish(self, *, before: Mapping[str, Any], test: Mapping[str, Any], majority: float) -> None:
         """Save the model, write the reports and show the final figures.
@@ -303,6 +307,8 @@ class Session:
             before, test: metrics on the test split, untrained and trained.
             majority: share of its most frequent label.
         """
+        self._watchdog.beat("saving", self._progress.step)
+        self._recovery.wait()
         self._save_model()
         command = f'toolkit predict {self.folder.path} "TEXT"' if self.config.checkpoint.save_model else ""
         self._report |= {"before": before, "test": test, "majority": majority, "predict": command}
@@ -313,8 +319,8 @@ class Session:
             "run": str(self.folder.path),
             "report": str(self.folder.html_path),
         }
-        if self._skipped:
-            extra["skipped"] = f"{self._skipped} steps, by fp16's loss scaler"
+        if self._progress.skipped_steps:
+            extra["skipped"] = f"{self._progress.skipped_steps} steps, by fp16's loss scaler"
         self.console.summary(_figures(before), _figures(test), majority, extra, command)
 
     def __exit__(
@@ -322,18 +328,233 @@ class Session:
     ) -> None:
         """Leave a partial report where something ended the run, and part from the other ranks where all agree."""
         self.console.close()
+        self._cleanup.close()
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        status = "finished" if error is None else "interrupted" if stopped else "failed"
         if error is not None and self._folder is not None and self.world.main and "test" not in self._report:
-            stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
             with contextlib.suppress(ToolkitError):
-                self._close_report("interrupted" if stopped else "failed", str(error))
+                self._close_report(status, str(error))
                 self._write_report()
                 self.console.note(f"the report so far: {self.folder.html_path}")
-        if isinstance(error, Interrupted):
-            self._save_model()
-        if self._ready and (error is None or isinstance(error, (Interrupted, ToolkitError))):
+        if not self._ready:
+            return
+        agreed = error is None or isinstance(error, (Interrupted, ToolkitError))
+        if agreed:
+            with contextlib.suppress(ToolkitError):  # `error` is told; this one would hide it
+                self._recovery.wait()
+        if self.world.main:
+            with contextlib.suppress(OSError, ToolkitError):
+                self._recovery.end(status, self._progress.step, str(error or ""))
+        self._recovery.close()
+        if agreed:
             self._trackers.close()
             self.strategy.teardown()
             self.world.close()
+
+    @property
+    def _seconds(self) -> float:
+        """Of all attempts."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def _steps_until_a_fault(self, loader: Loader, validation: Loader) -> Iterator[Step]:
+        for step in self._fetched(loader):
+            if reason := self._progress.left_out.get(step.number):
+                self._leave_out(step, reason)
+            else:
+                yield step
+            if self._fault:
+                self._rewind(step, loader)
+                return
+            assert self._progress.step == step.number, "session.log was not told of the step"
+            self._after(step, validation)
+            if self._stale():
+                self.console.note(
+                    f"early stopping after step {step.number}: "
+                    f"no lower validation loss since step {self._progress.best_step}"
+                )
+                return
+
+    def _fetched(self, loader: Loader) -> Iterator[Step]:
+        """The steps, with the time that the data took."""
+        steps = loader.steps(self.total_steps, self._progress.step)
+        while True:
+            self._last_time = time.monotonic()
+            self._watchdog.beat("data", self._progress.step + 1)
+            step = next(steps, None)
+            if step is None:
+                return
+            self._watchdog.beat("step", step.number)
+            self._busy[self.world.rank] += time.monotonic() - self._last_time
+            yield step
+
+    def _after(self, step: Step, validation: Loader) -> None:
+        """What all ranks do between two steps, by what they agree on in one exchange."""
+        wishes = torch.zeros(3)
+        wishes[0] = bool(self._stop.reason)
+        wishes[1] = self._recovery.failed
+        wishes[2] = self.world.main and self._recovery.due(step.number)  # one clock decides
+        stop, failed, due = self.world.sum(wishes).tolist()
+        if failed:
+            self._recovery.wait()
+        if not stop:
+            self._evaluate_if_due(validation)
+        best = self.config.checkpoint.keep_best and self._progress.best_step == step.number
+        if due or (best and not stop):
+            self._save()
+        if stop:
+            self._interrupt()
+        self._name_slow_ranks(step)
+
+    def _evaluate_if_due(self, validation: Loader) -> None:
+        progress, every = self._progress, self.config.run.eval_every
+        period = every or self._train.steps_per_epoch
+        due = progress.step % period == 0 or (not every and progress.step == self.total_steps)
+        if progress.step == 0 or not due or progress.evaluated == progress.step:
+            return
+        metrics = self.evaluate(validation, "validation")
+        figures = {key: value for key, value in metrics.items() if isinstance(value, float)}
+        progress.note_evaluation(figures)
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in figures.items() if key in ("loss", "accuracy"))
+        self.console.note(f"validation after step {progress.step}: {shown}")
+        self._trackers.log({f"validation/{key}": value for key, value in figures.items()}, progress.step)
+
+    def _save(self) -> None:
+        progress = self._progress
+        self._watchdog.beat("saving", progress.step)
+        progress.seconds, progress.recent_losses = self._seconds, self._guard.recent
+        facts = {"epoch": progress.epoch, "samples_seen": progress.samples, "metrics": progress.metrics()}
+        self._recovery.save(progress.step, facts | {"state": progress.state()})
+
+    def _interrupt(self) -> None:
+        """Save what is not saved yet, and stop on all ranks."""
+        reason, step = self._stop.reason or "a signal to another rank", self._progress.step
+        self.console.warn(f"{reason}: stopping after step {step} of {self.total_steps}")
+        if step and self._recovery.saved != step:
+            self._save()
+        self._recovery.wait()
+        if step:
+            self.console.note(f"saved: the same command goes on from step {step}")
+        raise Interrupted(reason)
+
+    def _resume(self, data_fingerprint: str) -> None:
+        """Go on where the run's newest good checkpoint left off, or begin."""
+        self._recovery = Recovery(
+            self.folder.path,
+            self.strategy,
+            self.world,
+            self.config.checkpoint,
+            {"versions": versions(), "data_fingerprint": data_fingerprint},
+            self.console.warn,
+        )
+        if self._run.known:
+            self._recovery.refuse_hopeless()
+            self.world.on_main(lambda: self._refuse_other_data(data_fingerprint))
+            if checkpoint := self._recovery.resume():
+                self._progress = Progress.from_state(checkpoint.manifest["state"])
+        progress = self._progress
+        if progress.step > self.total_steps:
+            raise CheckpointError(
+                f"{self.folder.path} has taken {progress.step} steps, and --train.steps asks for {self.total_steps}",
+                "Ask for as many or more.",
+            )
+        self._guard = LossGuard(self.config.train.spike, progress.recent_losses)
+        self._seconds_before = progress.seconds
+        self.world.on_main(lambda: self.folder.truncate_metrics(progress.step))
+        self._begin_attempt(self._train)
+
+    def _begin_attempt(self, loader: Loader) -> None:
+        effective = self.strategy.effective()
+        facts = {key: effective[key] for key in ("strategy", "precision", "device")}
+        changes = {key: list(pair) for key, pair in self._run.changes.items()}
+        self._recovery.begin(self._progress.step, loader, facts | {"changes": changes})
+
+    def _refuse_other_data(self, data_fingerprint: str) -> None:
+        with contextlib.suppress(CheckpointError):
+            there = self.folder.read_manifest().get("data_fingerprint")
+            if there == data_fingerprint:
+                return
+            raise DataError(
+                f"the data are no longer those that {self.folder.path} was begun with",
+                "Bring them back, or start a new run: --checkpoint.resume never, or another --run.dir.",
+            )
+
+    def _note_fault(self, fault: str) -> None:
+        train = self.config.train
+        if train.on_fault == "stop" or self._progress.rewinds >= train.max_rewinds:
+            often = f" after {self._progress.rewinds} rewinds" if self._progress.rewinds else ""
+            raise NumericsError(
+                f"{fault}{often}",
+                "Nothing was applied at this step. Lower --optim.lr, use --precision bf16 or fp32, look at these "
+                "samples, or leave them out with --train.on_fault rewind.",
+            )
+        self._fault = fault
+
+    def _rewind(self, step: Step, loader: Loader) -> None:
+        """Back to the newest good checkpoint; the samples of the step, or of all since then, are left out."""
+        fault, self._fault, before = self._fault, "", self._progress
+        self._recovery.wait()
+        self.strategy.discard()
+        checkpoint = self._recovery.resume()
+        if checkpoint is None:
+            raise NumericsError(fault, "There is no good checkpoint to go back to.")
+        self._progress = after = Progress.from_state(checkpoint.manifest["state"])
+        first = after.step + 1 if before.rewound_to == after.step else step.number
+        after.left_out = before.left_out | dict.fromkeys(range(first, step.number + 1), fault)
+        after.rewinds, after.rewound_to = before.rewinds + 1, after.step
+        self._guard = LossGuard(self.config.train.spike, after.recent_losses)
+        self.world.on_main(lambda: self.folder.truncate_metrics(after.step))
+        self._begin_attempt(loader)
+        steps = f"step {first}" if first == step.number else f"steps {first} to {step.number}"
+        self.console.warn(f"{fault}: back to step {after.step}; the samples of {steps} are left out")
+
+    def _leave_out(self, step: Step, reason: str) -> None:
+        progress = self._progress
+        self._recovery.left_out(step, reason)
+        progress.step, progress.epoch, progress.samples = step.number, step.epoch, step.samples_seen
+        if self.world.main:
+            self.folder.append_metrics([{"step": step.number, "epoch": step.epoch, "left_out": reason}])
+
+    def _note_bad_rows(self, step: Step) -> None:
+        rows = sorted(row for rows in self.world.gather(step.skipped) for row in rows)
+        known = set(self._progress.bad_rows)
+        new = [(sample, why) for sample, why in rows if sample not in known]
+        self._progress.bad_rows += [sample for sample, _ in new]
+        shown = "; ".join(f"sample {sample}: {why}" for sample, why in new[:5])
+        if len(self._progress.bad_rows) > self._max_bad_rows:
+            raise DataError(
+                f"{len(self._progress.bad_rows)} training samples are unfit, the last at step {step.number}: {shown}",
+                f"Mend them, or raise --data.max_bad_rows above {self._max_bad_rows}.",
+            )
+        if new:
+            self.console.warn(f"step {step.number}: {len(new)} unfit samples are left out ({shown})")
+
+    def _name_slow_ranks(self, step: Step) -> None:
+        if step.number % STEPS_BETWEEN_LOOKS or not self.world.connected:
+            return
+        busy = (self.world.sum(self._busy) / STEPS_BETWEEN_LOOKS).tolist()
+        self._busy = torch.zeros(self.world.size)
+        for rank in slow_ranks(busy) if max(busy) > NOTICEABLE_SECONDS else ():
+            self.console.warn(
+                f"rank {rank} is slow: {busy[rank]:.2f} s a step for data and forward; the others wait for it"
+            )
+
+    def _check_shared(self) -> None:
+        path = self.folder.path
+        blind = [rank for rank, sees in enumerate(self.world.gather(path.is_dir())) if not sees]
+        if blind:
+            raise LaunchError(
+                f"ranks {blind} do not see {path.resolve()}, which rank 0 has made",
+                "Name a folder on a file system that all nodes share with --run.dir.",
+            )
+
+    def _make_watchdog(self) -> contextlib.AbstractContextManager[Any]:
+        return Watchdog(
+            self.folder.path,
+            rank=self.world.rank,
+            size=self.world.size,
+            attempt=self._recovery.attempt,
+            minimum=self.config.run.hang_seconds or math.inf,
+        )
 
     def _check_evaluations(self, steps_per_epoch: int) -> None:
         run, total = self.config.run, self.total_steps
@@ -348,81 +569,28 @@ class Session:
                 "Set it lower, or evaluate more often with --run.eval_every.",
             )
 
-    def _folder_asked_for(self) -> Path | None:
-        run = self.config.run
-        return run.dir or (Path("runs") / self.recipe / run.name if run.name else None)
-
     def _open_folder(self) -> Path:
-        asked = self._folder_asked_for()
-        _refuse_taken(asked)
-        parent = Path("runs") / self.recipe
-        try:
-            (asked or parent).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"the folder {asked or parent} cannot be made: {error.strerror}", "Name another with --run.dir."
-            ) from error
-        if asked is not None:
-            return asked
-        number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
-        while True:
-            number += 1
-            with contextlib.suppress(FileExistsError):
-                folder = parent / f"{number:03d}"
-                folder.mkdir()
-                return folder
-
-    def _plan_rows(
-        self, plan: Mapping[str, Mapping[str, str]], total: int, trainable: int
-    ) -> dict[str, dict[str, str]]:
-        rows = {section: dict(values) for section, values in plan.items()}
-        rows.setdefault("model", {})["parameters"] = f"{total:,}, {trainable:,} trainable"
-        effective, shape, schedule = self.strategy.effective(), self.shape, self.schedule
-        held = f", {effective['share_of_this_rank']:.0%} of it here" if "share_of_this_rank" in effective else ""
-        rows["strategy"] = {
-            "name": f"{self.strategy.name} ({effective['engine']}{held})",
-            "ranks": f"{self.world.size} on {self.world.device.type}",
-            "precision": f"{self.precision.name} ({self.precision.reason})",
-        }
-        rows["training"] = {
-            "steps": f"{self.total_steps:,} ({self.total_steps / self._train.steps_per_epoch:.2f} epochs)",
-            "batch": f"{shape.global_batch} = {shape.micro_batch} × {shape.accumulation} accumulated "
-            f"× {shape.ranks} ranks",
-            "optimizer": f"{effective['optimizer']}, weight decay {self.config.optim.weight_decay:g}, "
-            f"gradients clipped to {self.config.train.max_grad_norm or 'nothing'}",
-            "learning rate": f"{schedule.kind} from {schedule.peak:g}, {schedule.warmup_steps} steps of warm-up",
-            "seed": str(self.config.run.seed),
-        }
-        rows["run"] = {"folder": str(self.folder.path)}
-        return rows
+        folder = open_folder(self.recipe, self._run)
+        self._lock = lock(folder)
+        return folder
 
     def _write_manifest(self, data_fingerprint: str) -> None:
-        launcher = self.world.launcher
-        effective = self.strategy.effective() | {
-            "total_steps": self.total_steps,
-            "warmup_steps": self.schedule.warmup_steps,
-            "learning_rate": self.schedule.peak,
-            "launcher": {"strategy": launcher.strategy, "precision": launcher.precision},
-        }
         self.folder.write_config(to_yaml(self.config))
-        self.folder.write_manifest(
-            build_manifest(
-                sys.argv,
-                self.config.run.seed,
-                data_fingerprint,
-                plain(self.config),
-                effective,
-                {"ranks": self.world.size, "local_ranks": self.world.local_size, "device": self.world.device.type},
-            )
-        )
+        self.folder.write_manifest(manifest(self.strategy, self.schedule, self.config, data_fingerprint))
 
     def _close_report(self, status: str, error: str = "") -> None:
-        trained = self._training_seconds
+        progress = self._progress
+        trained = progress.training_seconds
         self._report |= {
             "status": status,
-            "seconds": time.monotonic() - self._began,
-            "samples_per_second": self._samples / trained if trained else 0.0,
-            "skipped_steps": self._skipped,
+            "steps": progress.step,
+            "evaluations": progress.evaluations,
+            "seconds": self._seconds,
+            "samples_per_second": progress.samples / trained if trained else 0.0,
+            "skipped_steps": progress.skipped_steps,
+            "attempts": self._recovery.attempt if self._ready else 0,
+            "bad_rows": len(progress.bad_rows),
+            "left_out": progress.left_out,
         }
         if error:
             self._report["error"] = error
@@ -447,38 +615,7 @@ class Session:
 
     def _stale(self) -> bool:
         patience = self.config.run.early_stopping
-        return patience is not None and self._best.stale >= patience
-
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM while steps are taken; they are acted on between two steps, on all ranks alike."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            # A launcher passes on the signal that the terminal has sent to all, so the same wish comes twice.
-            if self._signals and time.monotonic() - self._signals[0] > 3:
-                raise KeyboardInterrupt
-            self._signals.append(time.monotonic())
-
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _asked_to_stop(self) -> bool:
-        return bool(self.world.sum(torch.tensor(len(self._signals))))
-
-
-def _refuse_taken(folder: Path | None) -> None:
-    if folder is None or not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"--run.dir {folder} is a file", "Name a folder.")
-    if any(folder.iterdir()):
-        raise CheckpointError(
-            f"{folder} holds another run or other files", "Name a new folder with --run.dir, or remove this one."
-        )
+        return patience is not None and self._progress.stale >= patience
 
 
 def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -10,12 +10,13 @@ from typing import TypeVar
 
 import transformers
 
-from toolkit.config import parse
+from toolkit.config import RecipeConfig, parse
 from toolkit.environment import is_main_rank, rank_name
-from toolkit.errors import USER_ERROR_EXIT_CODE, ToolkitError
+from toolkit.errors import RESUMABLE_EXIT_CODE, USER_ERROR_EXIT_CODE, ToolkitError
 from toolkit.report import Console
 from toolkit.requirements import check_versions
-from toolkit.session import Interrupted, RecipeConfig
+from toolkit.runs import Finished
+from toolkit.session import Interrupted
 
 INTERRUPTED_EXIT_CODE = 130
 CLOSED_PIPE_EXIT_CODE = 141
@@ -27,8 +28,9 @@ def start(main: Callable[[Settings], object], config_class: type[Settings], desc
     """Run `main` with the settings that the command line gives.
 
     Raises:
-        SystemExit: with code 2 after a user's mistake (with `--run.debug True` the error itself is raised), 130 after
-            an interruption, 141 where the output's reader has left.
+        SystemExit: with code 2 after a user's mistake (with `--run.debug True` the error itself is raised), 75 after
+            a signal that left a run to go on with, 130 after Ctrl-C before there was one, 141 where the output's
+            reader has left.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     transformers.logging.set_verbosity_error()
@@ -39,7 +41,15 @@ def start(main: Callable[[Settings], object], config_class: type[Settings], desc
         config = parse(config_class, description=description, quiet=not is_main_rank())
         debug = config.run.debug
         main(config)
-    except (Interrupted, KeyboardInterrupt):
+    except Finished as finished:
+        Console(quiet=not is_main_rank()).note(
+            f"{finished.path} is finished: there is nothing to do. Its report: {finished.path / 'report.html'}\n"
+            "A new run: --checkpoint.resume never, or another --run.dir. To train on: --train.steps N "
+            "--checkpoint.allow_change train.steps."
+        )
+    except Interrupted:
+        raise SystemExit(RESUMABLE_EXIT_CODE) from None
+    except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
     except BrokenPipeError:
         # The reader of our output has left (`--help | head`); Python would complain once more when it flushes.

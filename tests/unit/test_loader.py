@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from datasets import Dataset
 
 from toolkit.data.loader import BatchShape, Loader, batch_shape, deal, epoch_order
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, DataError
 
 WORLDS = range(1, 6)
 
@@ -225,6 +226,128 @@ def test_arrow_data_set_gives_the_rows() -> None:
 def test_no_data_is_a_defect() -> None:
     with pytest.raises(AssertionError):
         Loader(Rows(0), collate, BatchShape(6, 3, 2, 1))
+
+
+# Unfit rows.
+
+
+@dataclass
+class Taken:
+    """A micro-batch that notes its rows."""
+
+    rows: list[int]
+    empty: bool
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+
+
+def take(columns: Mapping[str, Sequence[Any]], empty: bool) -> Taken:
+    return Taken(list(columns["id"]), empty)
+
+
+def unfit_from(*bad: int) -> Any:
+    """A check that finds fault with these rows."""
+    return lambda row: f"{row['id']} is bad" if row["id"] in bad else ""
+
+
+def faults(rows: Any) -> list[tuple[int, str]]:
+    return [(row, f"{row} is bad") for row in rows]
+
+
+def picky(count: int, shape: BatchShape, bad: Sequence[int]) -> list[Loader]:
+    problem = unfit_from(*bad)
+    return [Loader(Rows(count), take, shape, rank=rank, problem=problem) for rank in range(shape.ranks)]
+
+
+def check_taken(taken: list[list[Taken]], planned: list[list[Any]], bad: set[int]) -> None:
+    """What was planned for each rank, less the bad rows, each of which is reported where it was dealt."""
+    for of_rank, plan in zip(taken, planned, strict=True):
+        assert len(of_rank) == len(plan)
+        for batch, (rows, empty) in zip(of_rank, plan, strict=True):
+            fit = [row for row in rows if row not in bad]
+            assert (batch.empty, batch.skipped) == (
+                empty or not fit,
+                [] if empty else faults(r for r in rows if r in bad),
+            )
+            # The filler is a row that is fit, even where the one that was dealt is not.
+            assert batch.rows == fit if fit else (len(batch.rows) == 1 and batch.rows[0] not in bad)
+
+
+def test_unfit_rows_are_left_out_and_all_else_stays() -> None:
+    generator = np.random.default_rng(0)
+    cases = 0
+    for shape in shapes():
+        for count in sorted({1, 2, shape.global_batch // 2 + 1, min(12, shape.global_batch + 1)}):
+            bad = generator.permutation(count)[: generator.integers(0, count)].tolist()
+            steps = list(zip(*(loader.steps(3) for loader in picky(count, shape, bad)), strict=True))
+            plans = list(zip(*(loader.steps(3) for loader in loaders(count, shape)), strict=True))
+            for step, plan in zip(steps, plans, strict=True):
+                check_taken([of.micro_batches for of in step], [of.micro_batches for of in plan], set(bad))
+                assert {(s.number, s.samples, s.samples_seen) for s in step} == {
+                    (s.number, s.samples, s.samples_seen) for s in plan
+                }
+            evaluations = [list(loader.once()) for loader in picky(count, shape, bad)]
+            check_taken(evaluations, [list(loader.once()) for loader in loaders(count, shape)], set(bad))
+            cases += bool(bad)
+    assert cases > 50
+
+
+def test_a_step_names_the_unfit_rows_that_were_dealt_to_this_rank() -> None:
+    shape = BatchShape(12, 2, 3, 2)
+    order = epoch_order(0, 0, 12).tolist()
+    bad = [order[0], order[1], order[3], order[5]]
+    first, second = (next(loader.steps(1)) for loader in picky(12, shape, bad))
+    assert first.skipped == faults(order[:1])
+    # Every other row is the second rank's: its first micro-batch is bad as a whole, and half of its second.
+    assert second.skipped == faults(order[1:6:2])
+    assert [batch.empty for batch in second.micro_batches] == [True, False, False]
+    assert [batch.empty for batch in first.micro_batches] == [False] * 3
+
+
+def test_the_filler_of_an_unfit_row_reports_nothing() -> None:
+    """A step of one row, which is bad: it is dealt to the first rank, and lent to the others as filler."""
+    shape = BatchShape(3, 1, 1, 3)
+    last = epoch_order(0, 0, 4).tolist()[3]
+    of_ranks = [list(loader.steps(2))[1] for loader in picky(4, shape, [last])]
+    assert [step.skipped for step in of_ranks] == [faults([last]), [], []]
+    assert all(batch.empty and batch.rows != [last] for step in of_ranks for batch in step.micro_batches)
+
+
+def test_workers_leave_out_the_same() -> None:
+    problem = unfit_from(0, 1, 5, 13, 20)
+    for rank in range(2):
+        plain, forked = (
+            Loader(arrow(), take, BatchShape(6, 2, 2, 2), rank=rank, seed=1, workers=workers, problem=problem)
+            for workers in (0, 2)
+        )
+        assert list(forked.steps(5, from_step=2)) == list(plain.steps(5, from_step=2))
+        found = list(forked.once())
+        assert found == list(plain.once())
+        assert any(batch.skipped for batch in found)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_row_is_fit(workers: int) -> None:
+    loader = Loader(arrow(), take, BatchShape(6, 2, 2, 2), workers=workers, problem=unfit_from(*range(23)))
+    for first in (lambda: next(loader.steps(1)), loader.once):
+        with pytest.raises(DataError) as caught:
+            first()
+        assert caught.value.message == "none of the 23 samples can be used; the first is sample 0: 0 is bad"
+        assert "tokenizer" in caught.value.remedy
+
+
+def test_what_fails_for_another_reason_still_fails() -> None:
+    def spill(columns: Mapping[str, Sequence[Any]], empty: bool) -> Any:
+        raise ArithmeticError("not the rows' fault")
+
+    loader = Loader(arrow(), spill, BatchShape(6, 6, 1, 1), problem=unfit_from(3))
+    with pytest.raises(ArithmeticError, match="not the rows' fault"):
+        next(loader.steps(1))
+
+
+def test_a_missing_length_does_not_stop_an_evaluation() -> None:
+    data = Dataset.from_dict({"id": [0, 1, 2], "length": [4, None, 5]})
+    taken = list(Loader(data, take, BatchShape(0, 2, 1, 1), problem=unfit_from(1)).once())
+    assert taken == [Taken([2, 0], False), Taken([0], True, faults([1]))]
 
 
 # The shape of a batch.

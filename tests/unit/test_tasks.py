@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,24 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    GPT2Config,
+    ModernBertConfig,
+    MPNetConfig,
+    NystromformerConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
 
 from tests.parity.job import tiny_bert, tiny_tokenizer
+from toolkit.models import input_limits
 from toolkit.tasks import Batch, Classification
 
 CLASSES = 4
@@ -83,6 +100,114 @@ def test_filler_counts_for_nothing(task: Classification) -> None:
     assert all(gradient is None or not gradient.any() for gradient in gradients)
     counts = task.measure(found, filler)
     assert counts["units"].item() == counts["loss"].item() == counts["confusion"].sum().item() == 0.0
+
+
+# Samples that cannot be computed on.
+
+
+FIT = {"input_ids": [5, 6, 7], "label": 2, "id": 41, "length": 3}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ({"input_ids": []}, "it has no tokens"),
+        ({"input_ids": [5] * 33}, "it has 33 tokens, of which the model takes 32"),
+        ({"input_ids": [5, 10**6, 7]}, "token id 1000000 is not among the model's 100"),
+        ({"input_ids": [100]}, "token id 100 is not among the model's 100"),
+        ({"input_ids": [5, 6, -1]}, "token id -1 is not among the model's 100"),
+        ({"input_ids": [5, 2**62]}, f"token id {2**62} is not among the model's 100"),
+        ({"input_ids": None}, "its tokens are not a list of whole numbers"),
+        ({"input_ids": 5}, "its tokens are not a list of whole numbers"),
+        ({"input_ids": "5 6 7"}, "its tokens are not a list of whole numbers"),
+        ({"input_ids": ["5", "6"]}, "its tokens are not a list of whole numbers"),
+        ({"input_ids": [5, None]}, "its tokens are not a list of whole numbers"),
+        ({"input_ids": [5.0, 6.0]}, "its tokens are not a list of whole numbers"),
+        ({"input_ids": [[5], [6, 7]]}, "its tokens are not a list of whole numbers"),
+        ({"label": 4}, "label 4 is not among the 4 classes"),
+        ({"label": -1}, "label -1 is not among the 4 classes"),
+        ({"label": None}, "label None is not among the 4 classes"),
+        ({"label": 2.0}, "label 2.0 is not among the 4 classes"),
+        ({"label": "b" * 500}, f"label '{'b' * 39} is not among the 4 classes"),
+    ],
+)
+def test_samples_that_cannot_be_computed_on(fault: dict[str, Any], reason: str) -> None:
+    task = Classification(LABELS, tiny_tokenizer(), vocabulary=100, positions=32)
+    assert task.problem(FIT) == ""
+    assert task.problem(FIT | fault) == reason
+
+
+def test_samples_at_the_limits_can_be_computed_on() -> None:
+    task = Classification(LABELS, tiny_tokenizer(), vocabulary=100, positions=32)
+    model = tiny_bert(classes=CLASSES)
+    for fit in ({"input_ids": [0, 99]}, {"input_ids": [5] * 32}, {"label": 0}, {"label": 3}):
+        row = FIT | fit
+        assert task.problem(row) == ""
+        taken = task.collate({name: [value] for name, value in row.items()}, empty=False)
+        assert torch.isfinite(task.loss(model(**taken.inputs), taken))
+    assert task.problem(FIT | {"input_ids": np.arange(3), "label": np.int64(1)}) == ""
+
+
+def test_limits_by_default(task: Classification) -> None:
+    assert task.problem(FIT | {"input_ids": [99] * 10_000}) == ""
+    assert task.problem(FIT | {"input_ids": [100]}) == "token id 100 is not among the model's 100"
+    # One token more, behind a gap: the length of this tokenizer is 101.
+    words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, 100)} | {"far": 150}
+    far = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)), pad_token="[PAD]")
+    assert len(far) == 101
+    assert Classification(LABELS, far).problem(FIT | {"input_ids": [150]}) == ""
+
+
+SMALL = {"vocab_size": 90, "max_position_embeddings": 40, "num_labels": 2, "pad_token_id": 1}
+ENCODER = SMALL | {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (BertConfig(**ENCODER), 40),
+        (RobertaConfig(**ENCODER), 38),
+        (MPNetConfig(**ENCODER), 38),
+        (NystromformerConfig(**ENCODER, segment_means_seq_len=8, num_landmarks=8), 40),
+        (GPT2Config(**SMALL, n_embd=16, n_layer=1, n_head=2), 40),
+        (OPTConfig(**ENCODER, ffn_dim=16, word_embed_proj_dim=16), 40),
+        (DebertaV2Config(**ENCODER), 40),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_limits_are_those_of_the_model(config: PreTrainedConfig, longest: int) -> None:
+    """The longest sample passes through it, and one token more does not."""
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert input_limits(model, max_length=1000) == {"vocabulary": 90, "positions": longest}
+    assert input_limits(model, max_length=20)["positions"] == 20
+    ids = torch.full((1, longest), 89)
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits).all()
+        ids = torch.full((1, longest + 1), 89)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DebertaV2Config(**ENCODER, position_biased_input=False, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        ModernBertConfig(**ENCODER, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_without_learned_positions_take_any_length(config: PreTrainedConfig) -> None:
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert input_limits(model, max_length=60) == {"vocabulary": 90, "positions": 60}
+    ids = torch.full((1, 60), 89)
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits).all()
+
+
+def test_a_batch_keeps_what_was_skipped_wherever_it_goes() -> None:
+    moved = replace(batch([1, 2]), skipped=[(7, "bad")]).to(torch.device("meta"))
+    assert moved.labels.device.type == "meta"
+    assert (moved.ids, moved.skipped) == ([0, 1], [(7, "bad")])
 
 
 # The loss.

@@ -6,13 +6,16 @@ itself, in the form that `sha256sum --check` reads. A folder is good where nothi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +25,10 @@ MANIFEST = "manifest.json"
 DIGEST = f"{MANIFEST}.sha256"
 
 State = Literal["good", "corrupt", "partial", "foreign"]
+
+# These say something of the file. Any other error (no permission, too many open files) says something of the reader,
+# and a checkpoint is not damaged because someone cannot read it.
+_OF_THE_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EIO})
 
 
 class Damaged(Exception):
@@ -56,11 +63,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: it is not there, not ours, or not as it was written.
+        OSError: this process cannot read it, which says nothing of the checkpoint.
     """
-    try:
-        content, digest = _read(folder / MANIFEST), _read(folder / DIGEST)
-    except OSError as error:
-        raise Damaged(f"{Path(error.filename).name}: {error.strerror}") from error
+    if folder.is_symlink() or not folder.is_dir():
+        raise Damaged("not a folder")
+    content, digest = _read(folder / MANIFEST), _read(folder / DIGEST)
     if digest != f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode():
         raise Damaged(f"{MANIFEST} is not the file that was written (SHA-256)")
     try:
@@ -80,6 +87,9 @@ def check_files(folder: Path, manifest: Mapping[str, Any], files: Sequence[str] 
         folder: of the checkpoint.
         manifest: what `read_manifest` gave.
         files: hash these alone (several readers share the work); all by default.
+
+    Raises:
+        OSError: this process cannot read them, which says nothing of the checkpoint.
     """
     expected = manifest["files"]
     present = {path.name for path in folder.iterdir()} - {MANIFEST, DIGEST}
@@ -96,8 +106,8 @@ def check_files(folder: Path, manifest: Mapping[str, Any], files: Sequence[str] 
     for name in expected if files is None else files:
         try:
             digest = sha256(folder / name)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+        except Damaged as error:
+            return str(error)
         if digest != expected[name]["sha256"]:
             return f"{name} is not the file that was written (SHA-256)"
     return ""
@@ -115,26 +125,38 @@ def inspect(folder: Path, *, hashing: bool = True) -> Verdict:
     ours = re.fullmatch(r"step_\d+", folder.name)
     if not (folder / MANIFEST).exists() and not ours:
         return Verdict("foreign", f"it has no {MANIFEST}")
+    manifest = None
     try:
         manifest = read_manifest(folder)
-    except Damaged as error:
-        return Verdict("corrupt", str(error))
-    reason = check_files(folder, manifest, None if hashing else ())
+        reason = check_files(folder, manifest, None if hashing else ())
+    except (Damaged, OSError) as error:
+        reason = str(error)
     return Verdict("corrupt" if reason else "good", reason, manifest)
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content; follows no symbolic link."""
-    with _open(path) as file:
+    """Of a file's content; follows no symbolic link.
+
+    Raises:
+        Damaged: it is no file, or the disk does not give its content.
+    """
+    with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write and flush to the disk."""
-    with path.open("wb") as file:
-        file.write(content)
+def write_file(path: Path, *parts: bytes | memoryview) -> tuple[int, str]:
+    """Write and flush to the disk; size in bytes and SHA-256.
+
+    Hashing and writing let go of the interpreter's lock and go on side by side.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+        for part in parts:
+            beside.submit(digest.update, part)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
+    return sum(map(len, parts)), digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -147,9 +169,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def _read(path: Path) -> bytes:
-    with _open(path) as file:
+    with _opened(path) as file:
         return file.read()
 
 
-def _open(path: Path) -> io.BufferedReader:
-    return io.open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")  # noqa: PTH123, UP020
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    """Follows no link, and does not wait for a writer where there is a pipe."""
+    try:
+        with io.open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:  # noqa: UP020
+            yield file
+    except OSError as error:
+        if error.errno not in _OF_THE_FILE:
+            raise
+        raise Damaged(f"{path.name}: {error.strerror}") from error

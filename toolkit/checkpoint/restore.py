@@ -53,23 +53,40 @@ def newest_good(store: Store, world: World, warn: Callable[[str], None]) -> Chec
 
 
 def verify_together(path: Path, world: World) -> tuple[Mapping[str, Any], str]:
-    """Manifest, and the first thing wrong with the folder or an empty text; each rank hashes its share of the files."""
+    """Manifest, and the first thing wrong with the folder or an empty text; each rank hashes its share of the files.
+
+    Raises:
+        CheckpointError: a rank cannot read it, which says nothing of the checkpoint; raised on all ranks.
+    """
 
     def manifest_or_reason() -> tuple[dict[str, Any], str]:
         try:
             return read_manifest(path), ""
         except Damaged as error:
             return {}, str(error)
+        except OSError as error:
+            raise _unreadable(path, f"rank 0: {error}") from error
 
     manifest, reason = world.on_main(manifest_or_reason)
     if reason:
         return manifest, reason
     share = sorted(manifest["files"])[world.rank :: world.size]
+    found = problem = ""
     try:
         found = check_files(path, manifest, share)
     except OSError as error:
-        found = f"rank {world.rank} cannot read it ({error.strerror})"
-    return manifest, next(filter(None, world.gather(found)), "")
+        problem = f"rank {world.rank}: {error}"
+    reports = world.gather((found, problem))
+    if problem := next((problem for _, problem in reports if problem), ""):
+        raise _unreadable(path, problem)
+    return manifest, next((found for found, _ in reports if found), "")
+
+
+def _unreadable(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read by {problem}",
+        "Put the run where all ranks can read and write it, and give them the right to.",
+    )
 
 
 def restore(checkpoint: Checkpoint, strategy: Strategy, world: World) -> None:

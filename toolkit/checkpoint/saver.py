@@ -7,25 +7,26 @@ save is in flight. What goes wrong on one rank is raised on all of them, when th
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from toolkit.checkpoint.manifest import sha256, write_file
+from toolkit.checkpoint.manifest import write_file
 from toolkit.checkpoint.store import Store
 from toolkit.checkpoint.tensors import write_tensors
 from toolkit.errors import CheckpointError, NumericsError, ToolkitError
 from toolkit.strategies import Strategy
 from toolkit.strategies.state import FlatShard
 from toolkit.world import World
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,14 @@ class Saver:
         self._keep, self._keep_best = keep, keep_best
         self._asynchronous = asynchronous
         self._group = dist.new_group(backend="gloo") if world.connected else None
-        self._staged: dict[str, FlatShard] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        pinned = world.device.type == "cuda"
+        self._staged = {
+            name: FlatShard(torch.empty_like(shard.data, device="cpu", pin_memory=pinned), shard.start, shard.shape)
+            for name, shard in strategy.shards().items()
+        }
+        self._stage()  # memory that has not been touched is slow the first time
 
     @property
     def failed(self) -> bool:
@@ -118,12 +124,6 @@ class Saver:
 
     def _stage(self) -> None:
         shards = self._strategy.shards()
-        if not self._staged:
-            pinned = self._world.device.type == "cuda"
-            self._staged = {
-                name: FlatShard(torch.empty_like(shard.data, device="cpu", pin_memory=pinned), shard.start, shard.shape)
-                for name, shard in shards.items()
-            }
         torch._foreach_copy_(
             [self._staged[name].data for name in shards], [shard.data for shard in shards.values()], non_blocking=True
         )
@@ -138,8 +138,7 @@ class Saver:
         except ToolkitError as known:
             self._error = known
         except BaseException as defect:
-            self._error = CheckpointError(_failed(step, f"{type(defect).__name__}: {defect}"), _UNTOUCHED)
-            self._error.__cause__ = defect
+            self._error = _failed(step, defect)
 
     def _save(self, aside: Path, manifest: dict[str, Any], rank_state: dict[str, Any]) -> None:
         world, group, step = self._world, self._group, manifest["step"]
@@ -149,28 +148,45 @@ class Saver:
                 f"at step {step} {len(poisoned)} tensors are not finite ({', '.join(poisoned[:3])} …): not saved",
                 "Go on from the checkpoint before it with a lower --optim.lr, or --precision fp32.",
             )
-        world.on_main(lambda: self.store.begin(aside), group)
-        files, problem = _write(aside, world.rank, self._staged, rank_state, group)
-        reports = world.gather((files, problem), group)
-        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(reports) if problem]
+        self._on_main(step, lambda: self.store.begin(aside))
+        reports = world.gather(_write(aside, world.rank, self._staged, rank_state, group), group)
 
         def commit() -> None:
-            if problems:
-                shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
-                raise CheckpointError(_failed(step, problems[0]), _UNTOUCHED)
-            written = {name: file for files, _ in reports for name, file in files.items()}
-            listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.items())}
-            self.store.commit(aside, step, manifest | {"files": listed})
+            try:
+                if problem := next((problem for _, problem in reports if problem), ""):
+                    raise _failed(step, problem)
+                written = {name: file for files, _ in reports for name, file in files.items()}
+                listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.items())}
+                self.store.commit(aside, step, manifest | {"files": listed})
+            except BaseException:
+                self.store.abandon(aside)
+                raise
             self.store.retain(self._keep, best=self._keep_best)
 
-        world.on_main(commit, group)
+        self._on_main(step, commit)
+
+    def _on_main(self, step: int, action: Callable[[], T]) -> T:
+        """As `World.on_main`; but whatever goes wrong is the same CheckpointError on all ranks."""
+
+        def safely() -> T:
+            try:
+                return action()
+            except ToolkitError:
+                raise
+            except Exception as error:
+                raise _failed(step, error) from error
+
+        return self._world.on_main(safely, self._group)
 
 
-_UNTOUCHED = "The checkpoints before it are untouched: mend the cause and run the same command again."
-
-
-def _failed(step: int, why: str) -> str:
-    return f"the checkpoint of step {step} could not be saved: {why}"
+def _failed(step: int, why: BaseException | str) -> CheckpointError:
+    text = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
+    error = CheckpointError(
+        f"the checkpoint of step {step} could not be saved: {text}",
+        "The checkpoints before it are untouched: mend the cause and run the same command again.",
+    )
+    error.__cause__ = why if isinstance(why, BaseException) else None
+    return error
 
 
 def _write(
@@ -184,14 +200,12 @@ def _write(
     own = aside / f"rank_{rank:05d}.json"
     try:
         files = write_tensors(aside, staged, group)
-        content = (json.dumps(rank_state) + "\n").encode()
-        write_file(own, content)
-        return files | {own.name: (len(content), sha256(own))}, ""
+        return files | {own.name: write_file(own, (json.dumps(rank_state) + "\n").encode())}, ""
     except CheckpointException as error:  # a BaseException; DCP raises it on all ranks alike
         rank, (cause, _) = next(iter(error.failures.items()))
-        return {}, f"on rank {rank}, {type(cause).__name__}: {cause}"
-    except OSError as error:
-        return {}, str(error)
+    except Exception as error:
+        cause = error
+    return {}, f"{type(cause).__name__} on rank {rank}: {cause}"
 
 
 def _not_finite(staged: Mapping[str, FlatShard]) -> set[str]:

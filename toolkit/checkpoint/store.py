@@ -8,7 +8,7 @@ one is the newest is read from the names, so neither a clock nor the pointer can
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
 import math
 import os
@@ -18,7 +18,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.manifest import Damaged, read_manifest, sync_folder, write_file, write_manifest
+from toolkit.checkpoint.manifest import (
+    Damaged,
+    check_files,
+    read_manifest,
+    sync_folder,
+    write_file,
+    write_manifest,
+)
 from toolkit.errors import CheckpointError
 
 ASIDE = ".writing_"
@@ -67,6 +74,10 @@ class Store:
         target = self.folder / f"step_{step:08d}"
         if target.exists():
             raise CheckpointError(f"{target} is there already", "Another process writes to this run: stop one of them.")
+        if reason := check_files(aside, manifest, ()):
+            raise CheckpointError(
+                f"{aside}: {reason}", "All ranks must write to one folder, and nobody else may touch what is in it."
+            )
         write_manifest(aside, manifest)
         aside.rename(target)
         sync_folder(self.folder)
@@ -76,24 +87,25 @@ class Store:
         sync_folder(self.folder)
         return target
 
+    def abandon(self, aside: Path) -> None:
+        """Remove what was written aside of a save that has failed: a full disk needs the room."""
+        shutil.rmtree(aside, ignore_errors=True)
+
     def retain(self, keep: int, *, best: bool) -> None:
         """Remove committed ones but the newest `keep`, and with `best` the one with the lowest validation loss.
 
-        Only what is sound by its manifest counts. What is not is left to `quarantine`, which a start does.
+        Only those count whose manifest, names and sizes of files are sound: reading them would double the time of a
+        save. What is not sound is left to `quarantine`, which a start does.
         """
-        sound = [(step, path, manifest) for step, path, manifest in self._sound()]
-        kept = {step for step, _, _ in sound[:keep]}
-        if best:
-            kept |= {step for step, loss in _losses(sound) if loss == min(loss for _, loss in _losses(sound))}
-        for step, path, _ in sound:
-            if step not in kept:
+        sound = list(self._sound())
+        kept = {path for _, path, _ in sound[:keep]} | ({_best(sound)} if best else set())
+        for _, path, _ in sound:
+            if path not in kept:
                 self.remove(path)
 
     def best(self) -> Path | None:
         """The sound checkpoint with the lowest validation loss, the earlier where two are equal."""
-        sound = list(self._sound())
-        losses = sorted((loss, step) for step, loss in _losses(sound))
-        return next((path for step, path, _ in sound if step == losses[0][1]), None) if losses else None
+        return _best(list(self._sound()))
 
     def remove(self, path: Path) -> None:
         """Remove a folder: out of sight in one rename, then file by file."""
@@ -102,19 +114,17 @@ class Store:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def quarantine(self, path: Path, reason: str) -> Path:
-        """Move a folder out of the way, with the reason beside it. The newest few are kept."""
+        """Move a folder out of the way, with the reason beside it. The last few that came are kept."""
         shelf = self.folder / QUARANTINE
         shelf.mkdir(exist_ok=True)
-        for number in itertools.count(1):
-            target = shelf / f"{path.name.lstrip('.')}.{number}"
-            if not target.exists():
-                break
+        held = sorted((int(match[1]), old) for old in shelf.iterdir() if (match := re.match(r"(\d+)_", old.name)))
+        number = held[-1][0] + 1 if held else 1
+        target = shelf / f"{number:06d}_{path.name.lstrip('.')}"
         path.rename(target)
-        Path(f"{target}.txt").write_text(reason + "\n", encoding="utf-8")
-        kept = sorted((p for p in shelf.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
-        for old in kept[QUARANTINE_KEEPS:]:
-            shutil.rmtree(old, ignore_errors=True)
-            Path(f"{old}.txt").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk may be full
+            Path(f"{target}.txt").write_text(reason + "\n", encoding="utf-8")
+        for _, old in (entry for entry in held if entry[0] <= number - QUARANTINE_KEEPS):
+            _remove(old)
         return target
 
     def clean(self) -> list[Path]:
@@ -125,16 +135,24 @@ class Store:
 
     def _sound(self) -> Iterator[tuple[int, Path, dict[str, Any]]]:
         for step, path in self.committed():
-            try:
-                yield step, path, read_manifest(path)
-            except Damaged:
-                continue
+            with contextlib.suppress(Damaged):
+                manifest = read_manifest(path)
+                if not check_files(path, manifest, ()):
+                    yield step, path, manifest
 
 
 def _named(path: Path) -> re.Match[str] | None:
     return re.fullmatch(r"step_(\d{8,})", path.name)
 
 
-def _losses(sound: list[tuple[int, Path, dict[str, Any]]]) -> list[tuple[int, float]]:
-    found = [(step, manifest["metrics"].get("validation_loss")) for step, _, manifest in sound]
-    return [(step, loss) for step, loss in found if loss is not None and math.isfinite(loss)]
+def _best(sound: list[tuple[int, Path, dict[str, Any]]]) -> Path | None:
+    losses = [(manifest["metrics"].get("validation_loss"), step, path) for step, path, manifest in sound]
+    finite = [(loss, step, path) for loss, step, path in losses if loss is not None and math.isfinite(loss)]
+    return min(finite)[2] if finite else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -7,10 +7,8 @@ safetensors, whose headers say where a range begins: there is no pickle to be re
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,40 @@ from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_local_load_plan,
 )
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from toolkit.checkpoint.manifest import write_file
 from toolkit.errors import CheckpointError
 from toolkit.strategies.state import FlatShard
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Their names in safetensors."""
 
 
 def write_tensors(
@@ -46,12 +69,11 @@ def write_tensors(
     Returns:
         For each file that this rank wrote, its size in bytes and its SHA-256.
     """
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    files = _HashingFileSystem()
-    writer.fs = files
-    state = {name: _Entry(name, shard) for name, shard in shards.items()}
-    save(state, storage_writer=writer, planner=_SavePlanner(), process_group=group, no_dist=group is None)
-    return files.written
+    writer = _Writer(folder, shards)
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    state = {name: _Entry(shard) for name, shard in shards.items()}
+    save(state, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+    return writer.written
 
 
 def read_tensors(folder: Path, shards: Mapping[str, FlatShard]) -> None:
@@ -61,7 +83,7 @@ def read_tensors(folder: Path, shards: Mapping[str, FlatShard]) -> None:
         CheckpointError: a tensor is missing there, of another size, or of another type.
     """
     reader = HuggingFaceStorageReader(str(folder))
-    state = {name: _Entry(name, shard) for name, shard in shards.items()}
+    state = {name: _Entry(shard) for name, shard in shards.items()}
     try:
         load(state, storage_reader=reader, planner=_LoadPlanner(folder), no_dist=True)
     except CheckpointException as error:  # a BaseException, which wraps what happened
@@ -76,8 +98,7 @@ def read_tensors(folder: Path, shards: Mapping[str, FlatShard]) -> None:
 class _Entry:
     """A flat shard, as DCP asks for one."""
 
-    def __init__(self, name: str, shard: FlatShard) -> None:
-        self.name = name
+    def __init__(self, shard: FlatShard) -> None:
         self.shard = shard
         self.chunk = ChunkStorageMetadata(torch.Size([shard.start]), torch.Size([shard.data.numel()]))
 
@@ -91,14 +112,6 @@ class _Entry:
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [self.chunk]
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn].shard.data
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -136,56 +149,44 @@ def _check(folder: Path, name: str, shard: FlatShard, stored: Any) -> None:
         )
 
 
-class _HashingFileSystem(FileSystem):
-    """Files whose SHA-256 is known when they are closed, without reading them again."""
+class _Writer(HuggingFaceStorageWriter):
+    """Writes the tensors from where they lie, and hashes them on the way.
 
-    def __init__(self) -> None:
+    safetensors' own `save` copies the whole file twice, and holds the interpreter's lock while it does: training would
+    stand still.
+    """
+
+    def __init__(self, folder: Path, shards: Mapping[str, FlatShard]) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self.shards = shards
         self.written: dict[str, tuple[int, str]] = {}
 
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as stream:
-            if mode != "wb":
-                yield stream
-                return
-            hashing = _HashingFile(stream)
-            yield hashing
-            self.written[Path(path).name] = hashing.size, hashing.digest.hexdigest()
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        mine = {item.index.fqn: self.shards[item.index.fqn] for item in plan.items}
+        if mine:
+            name = f"shard_{plan.storage_data['shard_index']:05d}.safetensors"
+            self.written[name] = write_file(Path(self.path) / name, *_safetensors(mine))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])  # asked for by DCP's own index of the files alone, which is not written
+        return done
 
 
-class _HashingFile:
-    """Hashes what is written while it is written: both let go of the interpreter's lock."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self._hashing: threading.Thread | None = None
-
-    def write(self, data: bytes) -> int:
-        self._finish()
-        self._hashing = threading.Thread(target=self.digest.update, args=(data,))
-        self._hashing.start()
-        self.size += len(data)
-        self.stream.write(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.size
-
-    def fileno(self) -> int:
-        self.stream.flush()  # DCP asks for it to sync the file, and does not flush
-        descriptor: int = self.stream.fileno()
-        return descriptor
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-    def close(self) -> None:
-        self._finish()
-        self.stream.flush()
-
-    def _finish(self) -> None:
-        if self._hashing is not None:
-            self._hashing.join()
-            self._hashing = None
+def _safetensors(shards: Mapping[str, FlatShard]) -> list[bytes | memoryview]:
+    """The parts of a file in safetensors' format: length of the header, header, tensors without a gap."""
+    # Wide types first, so that every tensor begins at a multiple of its width.
+    ordered = sorted(shards.items(), key=lambda entry: -entry[1].data.element_size())
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shard in ordered:
+        begin, end = end, end + shard.data.nbytes
+        header[name] = {
+            "dtype": _DTYPES[shard.data.dtype],
+            "shape": [shard.data.numel()],
+            "data_offsets": [begin, end],
+        }
+    offsets = json.dumps({name: {"saved_offsets": [shard.start]} for name, shard in ordered})
+    header["__metadata__"] = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": offsets}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    tensors = [shard.data.view(torch.uint8).numpy().data for _, shard in ordered]
+    return [len(content).to_bytes(8, "little"), content, *tensors]

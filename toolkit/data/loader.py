@@ -13,12 +13,15 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, DataError
+from toolkit.order import epoch_order as epoch_order
 
-Collate = Callable[[Mapping[str, Sequence[Any]], bool], Any]
+Columns = Mapping[str, Sequence[Any]]
+Collate = Callable[[Columns, bool], Any]
+Problem = Callable[[Mapping[str, Any]], str]
+"""Why a row is unfit, or an empty string."""
 Forward = tuple[list[int], bool]
 """Rows of one micro-batch of one rank, and whether they are filler."""
 
@@ -31,7 +34,7 @@ class Step:
         number: of the optimizer step; the first is 1.
         epoch: 0-based.
         micro_batches: of this rank; every rank has as many.
-        samples: of all ranks.
+        samples: of all ranks, unfit ones among them.
         samples_seen: of all ranks in all steps up to and with this one.
     """
 
@@ -40,6 +43,11 @@ class Step:
     micro_batches: list[Any]
     samples: int
     samples_seen: int
+
+    @property
+    def skipped(self) -> list[tuple[int, str]]:
+        """Id and fault of each row that was dealt to this rank and left out as unfit."""
+        return [row for batch in self.micro_batches for row in batch.skipped]
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,6 @@ def batch_shape(global_batch: int, micro_batch: int | None, ranks: int, *, large
     return BatchShape(global_batch, micro_batch, share // micro_batch, ranks)
 
 
-def epoch_order(seed: int, epoch: int, samples: int) -> npt.NDArray[np.int64]:
-    """Rows of the data set in the order of this epoch: a pure function of its arguments."""
-    return np.random.default_rng([seed, epoch]).permutation(samples)
-
-
 def deal(rows: Sequence[int], shape: BatchShape, rank: int) -> list[Forward]:
     """The micro-batches of `rank` for the rows of one step.
 
@@ -105,6 +108,8 @@ class Loader:
         seed: of the order.
         workers: processes that collate; 0 collates in this one.
         pin_memory: for copies to a GPU.
+        problem: says of a row why it is unfit, or nothing (a task's method). Unfit rows are left out of their
+            micro-batch, which carries their ids and faults as `skipped`; all else stays as it was planned.
     """
 
     def __init__(
@@ -117,13 +122,14 @@ class Loader:
         seed: int = 0,
         workers: int = 0,
         pin_memory: bool = False,
+        problem: Problem | None = None,
     ) -> None:
         assert len(dataset) > 0, "without rows there is no next step to wait for"
         self.dataset = dataset
         self.shape = shape
         self.rank = rank
         self.seed = seed
-        self._rows = _Rows(dataset, collate)
+        self._rows = _Rows(dataset, collate, problem)
         self._workers = workers
         self._pin_memory = pin_memory
 
@@ -133,7 +139,11 @@ class Loader:
         return math.ceil(len(self.dataset) / self.shape.global_batch)
 
     def steps(self, total_steps: int, from_step: int = 0) -> Iterator[Step]:
-        """The steps after `from_step` up to `total_steps`."""
+        """The steps after `from_step` up to `total_steps`.
+
+        Raises:
+            DataError: no row is fit.
+        """
 
         def plans() -> Iterator[tuple[Step, list[Forward]]]:
             return islice(self._plans(), from_step, total_steps)
@@ -147,8 +157,11 @@ class Loader:
         """The micro-batches of this rank in one pass over all samples, each of which one rank has exactly once.
 
         Samples of like length stand together, so that little is padded.
+
+        Raises:
+            DataError: no row is fit.
         """
-        lengths = np.asarray(self.dataset["length"])
+        lengths = np.asarray(self.dataset["length"], dtype=np.float64)  # one that is missing is NaN, and comes last
         rows = np.argsort(-lengths, kind="stable").tolist()
         per_step = self.shape.micro_batch * self.shape.ranks
         chunks = [rows[start : start + per_step] for start in range(0, len(rows), per_step)]
@@ -170,6 +183,7 @@ class Loader:
             epoch += 1
 
     def _stream(self, forwards: Callable[[], Iterator[Forward]]) -> Iterator[Any]:
+        self._rows.find_filler()  # here, for its error would leave a worker wrapped in a traceback
         loader: DataLoader[Any] = DataLoader(
             self._rows,
             sampler=_Forwards(forwards),
@@ -193,10 +207,48 @@ class _Forwards(Sampler[Any]):
 class _Rows(Dataset[Any]):
     """A data set whose index is a micro-batch."""
 
-    def __init__(self, dataset: Any, collate: Collate) -> None:
+    def __init__(self, dataset: Any, collate: Collate, problem: Problem | None) -> None:
         self.dataset = dataset
         self.collate = collate
+        self.problem = problem
+        self.filler: int | None = None
 
     def __getitem__(self, forward: Any) -> Any:
         rows, empty = forward
-        return self.collate(self.dataset[rows], empty)
+        columns = self.dataset[rows]
+        faults = self._faults(columns)
+        if not any(faults):
+            return self.collate(columns, empty)
+        # The row of a filler is reported where it was dealt.
+        skipped = [] if empty else [(id_, fault) for id_, fault in zip(columns["id"], faults, strict=True) if fault]
+        fit = [row for row, fault in zip(rows, faults, strict=True) if not fault]
+        batch = self.collate(self.dataset[fit or [self.filler]], empty or not fit)
+        batch.skipped = skipped
+        return batch
+
+    def find_filler(self) -> None:
+        """Find the first row that is fit: it stands in where none of a micro-batch is.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self.problem is None or self.filler is not None:
+            return
+        first = ""
+        for row in range(len(self.dataset)):
+            columns = self.dataset[[row]]
+            (fault,) = self._faults(columns)
+            if not fault:
+                self.filler = row
+                return
+            first = first or f"sample {columns['id'][0]}: {fault}"
+        raise DataError(
+            f"none of the {len(self.dataset)} samples can be used; the first is {first}",
+            "Prepare the data with the tokenizer and the classes of this model.",
+        )
+
+    def _faults(self, columns: Columns) -> list[str]:
+        """Of each row, or nothing where none is looked for."""
+        if self.problem is None:
+            return []
+        return [self.problem(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from toolkit.report.console import Console
-from toolkit.report.folder import RunFolder, build_manifest, redact
+from toolkit.report.folder import RunFolder, build_manifest, redact, versions
 from toolkit.report.trackers import Trackers
 
-__all__ = ["Console", "RunFolder", "Trackers", "build_manifest", "redact", "write_html"]
+__all__ = ["Console", "RunFolder", "Trackers", "build_manifest", "redact", "versions", "write_html"]
 
 
 def write_html(folder: Path) -> Path:

@@ -158,7 +158,7 @@ def build_manifest(
         "world": redact(world),
         "requested": redact(requested),
         "effective": redact(effective),
-        "versions": _versions(),
+        "versions": versions(),
         "git": _git(),
         "host": socket.gethostname(),
         "hardware": _hardware(),
@@ -222,14 +222,15 @@ def _redact_yaml(text: str) -> str:
     return text if blanked == settings else yaml.safe_dump(blanked, sort_keys=False, allow_unicode=True)
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
+def versions() -> dict[str, str]:
+    """Of Python, the platform and the packages that decide what a run computes."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def _git() -> dict[str, Any] | None:

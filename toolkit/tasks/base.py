@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ class Batch:
         labels: targets, first dimension B.
         weights: (B,) fp32; 0 for the filler row of an empty micro-batch, else 1.
         ids: the samples' ids; none for the filler.
+        skipped: id and fault of each sample that was dealt to this micro-batch but cannot be trained on.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     weights: torch.Tensor
     ids: list[int]
+    skipped: list[tuple[int, str]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
@@ -32,12 +34,12 @@ class Batch:
             return self
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
         labels, weights = self.labels.to(device, non_blocking=True), self.weights.to(device, non_blocking=True)
-        return Batch(moved, labels, weights, self.ids)
+        return replace(self, inputs=moved, labels=labels, weights=weights)
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory; called by torch's DataLoader."""
         pinned = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
-        return Batch(pinned, self.labels.pin_memory(), self.weights.pin_memory(), self.ids)
+        return replace(self, inputs=pinned, labels=self.labels.pin_memory(), weights=self.weights.pin_memory())
 
 
 class Task(ABC):
@@ -51,6 +53,10 @@ class Task(ABC):
     @abstractmethod
     def collate(self, rows: Mapping[str, Sequence[Any]], empty: bool) -> Batch:
         """Samples in columns as a micro-batch; `empty` marks its rows as filler that must not count."""
+
+    def problem(self, row: Mapping[str, Any]) -> str:
+        """Why this sample cannot be trained on, or an empty string: a pure function of the sample."""
+        return ""
 
     @abstractmethod
     def units(self, batch: Batch) -> int:

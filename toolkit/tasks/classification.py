@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import precision_recall_fscore_support
@@ -20,15 +21,28 @@ class Classification(Task):
         labels: the classes' names, by index.
         tokenizer: pads the samples of a micro-batch to its longest.
         label_smoothing: share of the target spread over all classes, in training only (Szegedy et al. 2016).
+        vocabulary: number of token ids that the model has an embedding for; by default those of the tokenizer.
+        positions: tokens of the longest sample that the model takes; by default any number.
     """
 
     unit = "samples"
     smooths_labels = True
 
-    def __init__(self, labels: Sequence[str], tokenizer: Any, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        labels: Sequence[str],
+        tokenizer: Any,
+        label_smoothing: float = 0.0,
+        *,
+        vocabulary: int | None = None,
+        positions: int | None = None,
+    ) -> None:
         self.labels = tuple(labels)
         self.tokenizer = tokenizer
         self.label_smoothing = label_smoothing
+        # Not the tokenizer's length: there are vocabularies with gaps.
+        self.vocabulary = vocabulary or max(tokenizer.get_vocab().values()) + 1
+        self.positions = positions
 
     def collate(self, rows: Mapping[str, Sequence[Any]], empty: bool) -> Batch:
         """Pad on the tokenizer's side: `input_ids` and `attention_mask` (B, L), labels (B,)."""
@@ -40,6 +54,22 @@ class Classification(Task):
             weights=torch.zeros(size) if empty else torch.ones(size),
             ids=[] if empty else list(rows["id"]),
         )
+
+    def problem(self, row: Mapping[str, Any]) -> str:
+        """No tokens, too many, one without an embedding, or a label that is no class."""
+        tokens, label = _whole_numbers(row["input_ids"]), row["label"]
+        if tokens is None:
+            return "its tokens are not a list of whole numbers"
+        if not len(tokens):
+            return "it has no tokens"
+        if self.positions is not None and len(tokens) > self.positions:
+            return f"it has {len(tokens)} tokens, of which the model takes {self.positions}"
+        strange = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
+        if len(strange):
+            return f"token id {strange[0]} is not among the model's {self.vocabulary}"
+        if not isinstance(label, (int, np.integer)) or not 0 <= label < len(self.labels):
+            return f"label {label!r:.40} is not among the {len(self.labels)} classes"
+        return ""
 
     def units(self, batch: Batch) -> int:
         """Samples that count."""
@@ -91,3 +121,13 @@ class Classification(Task):
         logits = outputs.logits.float()
         losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)
         return (losses * batch.weights).sum()
+
+
+def _whole_numbers(values: Any) -> npt.NDArray[Any] | None:
+    """One dimension of integers, possibly empty; None for anything else."""
+    try:
+        found = np.asarray(values)
+    except ValueError:  # lists of unlike lengths
+        return None
+    # An empty list has no type of its own: numpy makes it one of floats.
+    return found if found.ndim == 1 and (found.dtype.kind in "iu" or not found.size) else None

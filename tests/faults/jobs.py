@@ -1,0 +1,118 @@
+"""Whole runs of a recipe on real ranks that can be killed, stopped and signalled one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.ranks import free_port
+from tests.recipes.launching import recipe
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class Ended:
+    """How the ranks ended: exit codes (negative for a signal) and what each printed, where it could say so."""
+
+    codes: list[int]
+    texts: list[str]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+
+class Job:
+    """Ranks that run the recipe with `options` into the folder `run`, started as soon as it is made."""
+
+    def __init__(self, options: Sequence[str], run: Path, ranks: int = 1) -> None:
+        self.run = run
+        context = multiprocessing.get_context("forkserver")
+        port, argv = free_port(), [*options, "--run.dir", str(run)]
+        pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+        self._readers = [reader for reader, _ in pipes]
+        self.ranks = [
+            context.Process(target=_rank, args=(argv, str(run.parent), rank, ranks, port, writer), daemon=True)
+            for rank, (_, writer) in enumerate(pipes)
+        ]
+        for rank in self.ranks:
+            rank.start()
+        for _, writer in pipes:
+            writer.close()
+
+    def kill(self, *ranks: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to these ranks, or to all."""
+        for rank in ranks or range(len(self.ranks)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.ranks[rank].pid or 0, number)
+
+    def until(self, condition: Callable[[], Any], timeout: float = 60) -> None:
+        """Wait until something is so, or the ranks have ended, or the time is up (an error)."""
+        end = time.monotonic() + timeout
+        while not condition() and any(rank.is_alive() for rank in self.ranks):
+            assert time.monotonic() < end, f"waited {timeout} s in vain"
+            time.sleep(0.002)
+
+    def until_step(self, step: int) -> None:
+        self.until(lambda: last_step(self.run) >= step)
+
+    def wait(self, timeout: float = 90) -> Ended:
+        """Wait for all ranks; those that are still there when the time is up are killed, and that is an error."""
+        end = time.monotonic() + timeout
+        texts = []
+        for reader in self._readers:
+            text = "(said nothing)"
+            with contextlib.suppress(EOFError, OSError):
+                if reader.poll(max(0.0, end - time.monotonic())):
+                    text = reader.recv()
+            texts.append(text)
+        for rank in self.ranks:
+            rank.join(timeout=max(0.1, end - time.monotonic()))
+        alive = [number for number, rank in enumerate(self.ranks) if rank.is_alive()]
+        for number in alive:
+            self.ranks[number].kill()
+            self.ranks[number].join()
+        assert not alive, f"ranks {alive} did not end in {timeout} s:\n" + "\n".join(texts)
+        return Ended([rank.exitcode or 0 for rank in self.ranks], texts)
+
+
+def finish(options: Sequence[str], run: Path, ranks: int = 1) -> Ended:
+    """The same command line once more, to its end."""
+    ended = Job(options, run, ranks).wait()
+    assert ended.codes == [0] * ranks, ended.text
+    return ended
+
+
+def _rank(argv: list[str], cwd: str, rank: int, size: int, port: int, writer: Any) -> None:
+    if size > 1:
+        os.environ.update(dict(zip(NAMES, map(str, (rank, rank, size, size, "127.0.0.1", port)), strict=True)))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    code, text = recipe(argv, cwd)
+    writer.send(text)
+    writer.close()
+    raise SystemExit(code)
+
+
+def last_step(run: Path) -> int:
+    """The last step in metrics.jsonl, while it is being written."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(json.loads((run / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[2])["step"])
+    return 0
+
+
+def curve(run: Path) -> list[tuple[Any, ...]]:
+    """What must be equal to the last bit: step, loss, gradient norm, learning rate, units, samples."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[key] for key in ("step", "loss", "grad_norm", "lr", "units", "samples_seen")) for line in lines]

@@ -1,0 +1,101 @@
+"""Folders that are there whole or not at all, and names that stay inside of theirs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from toolkit.checkpoint.manifest import sync_folder
+from toolkit.errors import CheckpointError
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, which takes its place when the block ends, and goes where it fails.
+
+    A kill leaves the old `target`, the new one or none, and perhaps a hidden folder that the next call removes.
+
+    Raises:
+        CheckpointError: there is no room, or no permission to write.
+    """
+    aside, old = (target.with_name(f".{word}_{target.name}") for word in ("writing", "replaced"))
+    try:
+        _remove(aside)
+        _remove(old)
+        aside.mkdir()
+        yield aside
+        _finish(aside)
+        if os.path.lexists(target):
+            target.rename(old)
+        aside.rename(target)
+        sync_folder(target.parent)
+        _remove(old)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{target} cannot be written: {error}", "Check the free space and the permissions of its folder."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def contained(folder: Path, name: object) -> Path:
+    """The regular file of this name in `folder`.
+
+    Raises:
+        CheckpointError: it is missing, or the name would lead out of the folder.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise CheckpointError(
+            f"{folder} speaks of a file {name!r}, which is no name of a file in it",
+            "Do not use this folder unless you know who made it.",
+        )
+    path = folder / name
+    try:
+        mode = path.lstat().st_mode
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", "Copy the folder again, with all that is in it.") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(
+            f"{path} is {'a symbolic link' if stat.S_ISLNK(mode) else 'no regular file'}",
+            "Put the file itself there (`cp -rL` copies what links point to).",
+        )
+    return path
+
+
+def refuse_taken(target: Path) -> None:
+    """Refuse to write where something is, or where nothing can be.
+
+    Raises:
+        CheckpointError: `target` is a file or a folder that is not empty, or its parent is not there.
+    """
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target}: there is no folder {target.parent}", "Make it first.")
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(
+            f"{target} is there already, and is not an empty folder", "Name a new folder, or remove this one."
+        )
+
+
+def _finish(folder: Path) -> None:
+    """Flush all files, readable for whom the folder is: safetensors writes for the owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        if not path.is_file():
+            continue
+        path.chmod(mode)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

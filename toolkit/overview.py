@@ -1,0 +1,48 @@
+"""What a run is about to do, for the screen and for the manifest of its folder."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from toolkit.config import RecipeConfig, plain
+from toolkit.optim import Schedule
+from toolkit.report import build_manifest
+from toolkit.strategies import Strategy
+
+
+def overview(
+    strategy: Strategy, schedule: Schedule, config: RecipeConfig, steps_per_epoch: int
+) -> dict[str, dict[str, str]]:
+    """The rows of the plan on strategy and training: section → {name: value}."""
+    effective, shape, precision, world = strategy.effective(), strategy.shape, strategy.precision, strategy.world
+    held = f", {effective['share_of_this_rank']:.0%} of it here" if "share_of_this_rank" in effective else ""
+    return {
+        "strategy": {
+            "name": f"{strategy.name} ({effective['engine']}{held})",
+            "ranks": f"{world.size} on {world.device.type}",
+            "precision": f"{precision.name} ({precision.reason})",
+        },
+        "training": {
+            "steps": f"{schedule.total_steps:,} ({schedule.total_steps / steps_per_epoch:.2f} epochs)",
+            "batch": f"{shape.global_batch} = {shape.micro_batch} × {shape.accumulation} accumulated "
+            f"× {shape.ranks} ranks",
+            "optimizer": f"{effective['optimizer']}, weight decay {config.optim.weight_decay:g}, "
+            f"gradients clipped to {config.train.max_grad_norm or 'nothing'}",
+            "learning rate": f"{schedule.kind} from {schedule.peak:g}, {schedule.warmup_steps} steps of warm-up",
+            "seed": str(config.run.seed),
+        },
+    }
+
+
+def manifest(strategy: Strategy, schedule: Schedule, config: RecipeConfig, data_fingerprint: str) -> dict[str, Any]:
+    """All that is needed to tell this run from another: see `build_manifest`."""
+    world = strategy.world
+    effective = strategy.effective() | {
+        "total_steps": schedule.total_steps,
+        "warmup_steps": schedule.warmup_steps,
+        "learning_rate": schedule.peak,
+        "launcher": {"strategy": world.launcher.strategy, "precision": world.launcher.precision},
+    }
+    ranks = {"ranks": world.size, "local_ranks": world.local_size, "device": world.device.type}
+    return build_manifest(sys.argv, config.run.seed, data_fingerprint, plain(config), effective, ranks)
