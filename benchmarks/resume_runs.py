@@ -48,7 +48,7 @@ class Job:
     global_batch: int
     epochs: int
     save_every: int
-    lr: float = 5e-4
+    lr: float = 3e-3
     weight_decay: float = 0.01
     seed: int = 0
 
@@ -117,12 +117,19 @@ class Tool(ABC):
             raise RuntimeError(f"{self.name} was killed too late to be between two saves: use a larger model")
         return ended
 
-    def damage(self, place: Path) -> str:
-        """Cut the largest file of the newest checkpoint in half, as a kill in the middle of writing leaves it."""
+    def cut_newest(self, place: Path) -> str:
+        """Cut the largest file of the newest checkpoint in half; which one it was."""
         checkpoints = self.checkpoints(place)
         largest = max(checkpoints[max(checkpoints)].rglob("*"), key=lambda path: path.stat().st_size)
         os.truncate(largest, largest.stat().st_size // 2)
         return f"{largest.parent.name}/{largest.name}"
+
+    def remove_newest(self, place: Path) -> str:
+        """Remove the newest checkpoint; which one it was."""
+        checkpoints = self.checkpoints(place)
+        newest = checkpoints[max(checkpoints)]
+        shutil.rmtree(newest)
+        return newest.name
 
     def _launch(
         self, place: Path, ranks: int, same_global_batch: bool, meanwhile: Callable[[subprocess.Popen[bytes]], None]

@@ -2,12 +2,12 @@
 
     python benchmarks/resume_vs_trainer.py
 
-Both train the same small BERT (random weights, dropout on) on the same real texts under real `accelerate launch` with
-two gloo processes: same batches of 16, AdamW, linear schedule, fp32. All ranks are killed between two saves; what
-that leaves is copied, and each copy goes on under another fault: as it is, on one process instead of two, with the
-newest checkpoint cut in half. Each run is then held against the same tool's own run that nothing disturbed: samples
-as its ranks consumed them, learning rates, losses and final weights. Everything stays on this machine; the two
-samples (tokenizer and texts) must have been fetched once.
+Both train the same small BERT (random weights) on the same real texts under real `accelerate launch` with two gloo
+processes: the same batches, AdamW, a linear schedule, fp32. All ranks are killed between two saves. What that leaves is
+copied, and each copy goes on after another fault: as it is, on one process instead of two, with the newest checkpoint
+cut in half; where the Trainer needs a hand, it gets one in a run of its own. Each run is then held against the same
+tool's own run that nothing disturbed: samples as the ranks consumed them, learning rates, losses, final weights.
+Nothing leaves this machine; the samples of tokenizer and texts must have been fetched once.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 import accelerate
+import datasets
 import torch
 import transformers
 from rich import box
@@ -53,6 +54,8 @@ from toolkit.data import text_classification
 from toolkit.models import load_classifier, load_tokenizer
 
 WIDTH = 150
+HELD_OUT = 32
+"""Samples of the validation and test splits, which only the toolkit looks at."""
 
 
 @dataclass(frozen=True)
@@ -63,56 +66,70 @@ class Fault:
         name: in the result.
         title: in the table.
         ranks: of the next start.
-        same_global_batch: whether the user sees to it; the toolkit does it anyway.
-        damage: whether the newest checkpoint is cut.
+        by_hand: the user does something about the fault that precedes it in the list. The toolkit is not run again
+            for that: it needs no hand.
+        newest: what happens to the newest checkpoint.
     """
 
     name: str
     title: str
     ranks: int = 2
-    same_global_batch: bool = True
-    damage: bool = False
+    by_hand: bool = False
+    newest: Literal["kept", "cut", "removed"] = "kept"
 
 
-FAULTS = (
-    Fault("kill", "kill -9, same command"),
-    Fault("one_rank", "kill -9, same command on 1 process", ranks=1, same_global_batch=False),
-    Fault("one_rank_same_batch", "… and its batch doubled by hand", ranks=1),
-    Fault("half_checkpoint", "kill -9, newest checkpoint half there", damage=True),
+FEWER = (
+    Fault("one_process", "then 1 process instead of 2", ranks=1),
+    Fault("one_process_by_hand", "… and its batch doubled by hand", ranks=1, by_hand=True),
 )
+HALF = Fault("half_checkpoint", "newest checkpoint cut in half", newest="cut")
+FAULTS = (
+    Fault("kill", "then the same command"),
+    *FEWER,
+    HALF,
+    Fault("half_checkpoint_by_hand", "… and removed by hand", by_hand=True, newest="removed"),
+)
+Row = dict[str, Any]
 
 
 def main() -> None:
     """Run both tools through all faults; print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="half the samples, the first and the last fault alone")
-    parser.add_argument("--dropout", type=float, default=0.1, help="of the network (default: 0.1)")
+    parser.add_argument("--quick", action="store_true", help="half the samples, and the main faults with dropout alone")
     parser.add_argument("--output", type=Path, help="append the JSON line to this file too")
     parser.add_argument("--keep", type=Path, help="do the work in this new folder, and keep it")
     options = parser.parse_args()
-    faults = (FAULTS[0], FAULTS[-1]) if options.quick else FAULTS
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    if options.quick:
+        plan: dict[float, tuple[Fault, ...]] = {0.1: (FAULTS[0], FEWER[0], HALF)}
+    else:
+        # Other ranks draw other dropout: only without it can a curve on one process be that of two.
+        plan = {0.1: FAULTS, 0.0: FEWER}
     began = time.monotonic()
+    rows: list[Row] = []
     with _folder(options.keep) as folder:
-        job, ids = prepare(folder, samples=96 if options.quick else 192, dropout=options.dropout)
-        tools = {
-            tool.name: measure(tool, folder / tool.name, faults, ids) for tool in (TrainerTool(job), ToolkitTool(job))
-        }
+        for dropout, faults in plan.items():
+            place = folder / f"dropout_{dropout}"
+            job, ids = prepare(place, samples=240 if options.quick else 480, dropout=dropout)
+            for tool in (TrainerTool(job), ToolkitTool(job)):
+                found = measure(tool, place / tool.name, faults, ids)
+                rows += [{"tool": tool.name, "dropout": dropout} | row for row in found]
     result = {
         "benchmark": "resume_vs_trainer",
-        "tools": tools,
+        "runs": rows,
         "steps": job.steps,
         "save_every": job.save_every,
         "global_batch": job.global_batch,
         "samples": job.samples,
         "epochs": job.epochs,
-        "dropout": options.dropout,
         "seconds": round(time.monotonic() - began),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
         "device": f"{os.cpu_count()} cores, {platform.machine()}",
     }
-    show(result, faults)
+    show(result)
     line = json.dumps(result)
     print(line)
     if options.output:
@@ -122,11 +139,10 @@ def main() -> None:
 
 def prepare(folder: Path, *, samples: int, dropout: float) -> tuple[Job, set[int]]:
     """Write the model and the training rows that both tools read; the job, and the ids of the samples."""
-    held_out = 32
-    config = TextDataConfig(train_samples=samples, validation_samples=held_out, test_samples=held_out)
+    config = TextDataConfig(train_samples=samples, validation_samples=HELD_OUT, test_samples=HELD_OUT)
     tokenizer = load_tokenizer(ModelConfig())
     data = text_classification(config, tokenizer)
-    model = folder / "model"
+    model, rows = folder / "model", folder / "rows"
     tokenizer.save_pretrained(model)
     BertConfig(
         vocab_size=len(tokenizer),
@@ -139,26 +155,22 @@ def prepare(folder: Path, *, samples: int, dropout: float) -> tuple[Job, set[int
         attention_probs_dropout_prob=dropout,
     ).save_pretrained(model)
     load_classifier(ModelConfig(name=str(model), init="random"), data.labels, seed=0).save_pretrained(model)
-    rows = folder / "rows"
     data.train.remove_columns("length").rename_column("label", "labels").save_to_disk(rows)
+    counts = {"train": samples, "validation": HELD_OUT, "test": HELD_OUT}
     job = Job(
         model=model,
         rows=rows,
-        data=tuple(
-            word
-            for split in ("train", "validation", "test")
-            for word in (f"--data.{split}_samples", str(samples if split == "train" else held_out))
-        ),
+        data=tuple(word for split, count in counts.items() for word in (f"--data.{split}_samples", str(count))),
         samples=samples,
         ranks=2,
         global_batch=16,
         epochs=3,
-        save_every=4 if samples < 100 else 8,
+        save_every=8 if samples < 300 else 16,
     )
     return job, set(data.train["id"])
 
 
-def measure(tool: Tool, folder: Path, faults: tuple[Fault, ...], ids: set[int]) -> dict[str, Any]:
+def measure(tool: Tool, folder: Path, faults: tuple[Fault, ...], ids: set[int]) -> list[Row]:
     """One tool: its undisturbed run, the kill, and what follows each fault."""
     job = tool.job
     place = folder / "undisturbed"
@@ -166,32 +178,46 @@ def measure(tool: Tool, folder: Path, faults: tuple[Fault, ...], ids: set[int]) 
     if ended.code:
         raise RuntimeError(f"{tool.name} does not even run undisturbed: {ended.error}; see {place / 'output.txt'}")
     whole = read(tool, place)
-    lost, again = count_samples(whole.parts, ids, job.epochs)
-    # In the middle of an epoch, and two steps after a save.
-    after = job.steps // 2 // job.save_every * job.save_every + 2
+    # In the middle of an epoch, and some steps after a save.
+    after = job.steps // 2 // job.save_every * job.save_every + 3
     killed = folder / "killed"
     tool.kill(killed, after)
-    figures: dict[str, Any] = {
-        "undisturbed": {
-            "last_step": whole.parts[-1].to_step,
+    lost, again = count_samples(whole.parts, ids, job.epochs)
+    rows: list[Row] = [
+        {
+            "fault": "none",
             "lost": lost,
             "seen_again": again,
+            "last_step": whole.parts[-1].to_step,
             "seconds": round(ended.seconds, 1),
-        },
-        "reproducible": reproducible(read(tool, killed), whole, after),
-    }
+            "reproducible": reproducible(read(tool, killed), whole, after),
+            "losses": [round(whole.curve[step][0], 3) for step in (1, len(whole.curve))],
+        }
+    ]
+    own_hands = not isinstance(tool, ToolkitTool)
     for fault in faults:
-        if isinstance(tool, ToolkitTool) and fault.name == "one_rank_same_batch":
-            continue  # the command before it does so
-        place = copy(killed, folder / fault.name)
-        cut = tool.damage(place) if fault.damage else ""
-        ended = tool.run(place, fault.ranks, same_global_batch=fault.same_global_batch)
-        figures[fault.name] = compare(read(tool, place), whole, ended, ids, job.epochs)
-        if cut:
-            figures[fault.name]["cut"] = cut
-        if isinstance(tool, ToolkitTool):
-            check_account(place / "run", figures[fault.name])
-    return figures
+        if own_hands or not fault.by_hand:
+            place = copy(killed, folder / fault.name)
+            rows.append({"fault": fault.name} | after_fault(tool, place, fault, whole, ids))
+            print(f"{tool.name}, {fault.title}: {rows[-1]['seconds']} s", file=sys.stderr)
+    return rows
+
+
+def after_fault(tool: Tool, place: Path, fault: Fault, whole: Run, ids: set[int]) -> Row:
+    """The figures of the killed run in `place`, once the fault has happened and the run is started again."""
+    damaged = ""
+    if fault.newest == "cut":
+        damaged = tool.cut_newest(place)
+    elif fault.newest == "removed":
+        damaged = tool.remove_newest(place)
+    ended = tool.run(place, fault.ranks, same_global_batch=fault.ranks == tool.job.ranks or fault.by_hand)
+    row = compare(read(tool, place), whole, ended, ids, tool.job.epochs) | {"damaged": damaged}
+    if isinstance(tool, ToolkitTool) and row["resumed"]:
+        own = account(place / "run")
+        row["own_account"] = {"lost": own.lost, "duplicate": own.duplicate, "misplaced": own.misplaced}
+        if (own.lost, own.duplicate) != (row["lost"], row["seen_again"]):
+            raise RuntimeError(f"`toolkit checkpoint samples` counts otherwise than this benchmark: {row}")
+    return row
 
 
 def read(tool: Tool, place: Path) -> Run:
@@ -201,65 +227,62 @@ def read(tool: Tool, place: Path) -> Run:
     return Run(read_parts(ledgers), curve, place / "run" / "model" / "model.safetensors")
 
 
-def check_account(run: Path, figures: dict[str, Any]) -> None:
-    """The toolkit's own account of its samples must say what is counted here for both tools alike."""
-    own = account(run)
-    figures["own_account"] = {"lost": own.lost, "duplicate": own.duplicate, "misplaced": own.misplaced}
-    if figures["resumed"] and (own.lost, own.duplicate) != (figures["lost"], figures["seen_again"]):
-        raise RuntimeError(f"toolkit checkpoint samples counts otherwise: {figures}")
-
-
-def show(result: dict[str, Any], faults: tuple[Fault, ...]) -> None:
-    """The table."""
-    samples, epochs, steps = result["samples"], result["epochs"], result["steps"]
+def show(result: dict[str, Any]) -> None:
+    """The table, and below it the errors."""
+    rows: list[Row] = result["runs"]
     table = Table(
-        title=f"{samples} samples × {epochs} epochs = {steps} steps of {result['global_batch']}, "
-        f"a save every {result['save_every']}, dropout {result['dropout']}",
+        title=f"{result['samples']} samples × {result['epochs']} epochs = {result['steps']} steps of "
+        f"{result['global_batch']} on 2 processes, a save every {result['save_every']}; kill -9 of all of them after "
+        f"step {min(row['killed_after_step'] for row in rows if 'killed_after_step' in row)} or little later",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("fault")
-    table.add_column("tool")
-    for heading in ("resumed", "repeated\nsteps", "samples lost\n/ seen again", "steps\nof the run"):
-        table.add_column(heading, justify="right")
-    for heading in ("learning rate differs\nat, by (of the peak)", "losses equal\nat, largest apart", "final\nweights"):
-        table.add_column(heading, justify="right")
-    for name, figures in result["tools"].items():
-        plain = figures["undisturbed"]
-        counted = f"{plain['lost']} / {plain['seen_again']}"
-        table.add_row("none", name, "", "", counted, str(plain["last_step"]), "", "", "")
-    errors = []
-    for fault in faults:
+    for heading in ("fault", "tool"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (
+        "goes on",
+        "steps\nrepeated",
+        "samples lost\n/ seen again",
+        "steps",
+        "learning rate differs\n(of peak)",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("losses equal\n(largest apart)", "weights", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for dropout in dict.fromkeys(row["dropout"] for row in rows):
         table.add_section()
-        for name, figures in result["tools"].items():
-            if fault.name in figures:
-                table.add_row(fault.title, name, *_cells(figures[fault.name]))
-                if figures[fault.name]["error"]:
-                    errors.append(
-                        f"{name}, {fault.title}: rc {figures[fault.name]['rc']}, {figures[fault.name]['error']}"
-                    )
+        table.add_row(f"dropout {dropout}")
+        of_it = [row for row in rows if row["dropout"] == dropout]
+        titles = {"none": "none"} | {fault.name: fault.title for fault in FAULTS}
+        for name, title in titles.items():
+            for row in of_it:
+                if row["fault"] == name:
+                    table.add_row(title, row["tool"], *_cells(row))
     console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False, highlight=False)
     console.print(table)
-    for error in errors:
-        console.print(error)
-    for name, figures in result["tools"].items():
-        if not figures["reproducible"]:
-            console.print(f"{name}: two runs differ before the kill already, so equal bits mean nothing")
+    for row in rows:
+        if row.get("error"):
+            console.print(f"{row['tool']}, {row['fault']}: rc {row['rc']}, {row['error'].partition('. ')[0]}")
+        if not row.get("reproducible", True):
+            console.print(f"{row['tool']}: runs differ before the kill already, so equal bits mean nothing")
 
 
-def _cells(figures: dict[str, Any]) -> list[str]:
-    if not figures["resumed"]:
-        return ["no", *["–"] * 6]
-    shared = figures["shared_steps"]
-    rates, equal = figures["lr_differs"], figures["losses_equal"]
+def _cells(row: Row) -> list[str]:
+    if row["fault"] == "none":
+        counted = f"{row['lost']} / {row['seen_again']}"
+        return ["", "", counted, str(row["last_step"]), "", "", "", f"{row['seconds']:.0f}"]
+    if not row["resumed"]:
+        return [f"no, rc {row['rc']}", *["–"] * 6, f"{row['seconds']:.0f}"]
+    shared, rates, equal = row["shared_steps"], row["lr_differs"], row["losses_equal"]
     return [
-        f"from {figures['from_step']}",
-        str(figures["steps_repeated"]),
-        f"{figures['lost']} / {figures['seen_again']}",
-        str(figures["last_step"]),
-        f"{rates} of {shared}" + (f", {figures['lr_largest_share_of_peak']:.0%}" if rates else ""),
-        f"{equal} of {shared}" + (f", {figures['loss_largest_relative']:.1e}" if equal < shared else ""),
-        "equal bits" if figures["weights_equal"] else f"{figures['weights_relative']:.1e} apart",
+        f"from {row['from_step']}",
+        str(row["steps_repeated"]),
+        f"{row['lost']} / {row['seen_again']}",
+        str(row["last_step"]),
+        f"{rates} of {shared}" + (f" ({row['lr_largest_share_of_peak']:.0%})" if rates else ""),
+        f"{equal} of {shared}" + (f" ({row['loss_largest_relative']:.1e})" if equal < shared else ""),
+        "equal bits" if row["weights_equal"] else f"{row['weights_relative']:.1e} apart",
+        f"{row['seconds']:.0f}",
     ]
 
 

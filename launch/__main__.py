@@ -1,33 +1,32 @@
-"""`python -m launch config …`: write a configuration for `accelerate launch`."""
+"""`python -m launch COMMAND …`: how processes start."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 
-from launch.accelerate_config import STRATEGIES, Start, render
+from launch import accelerate_config, run
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "config": ("print a configuration file for `accelerate launch --config_file`", accelerate_config.main),
+    "run": ("run `accelerate launch`, pass on signals, restart after a crash, leave nothing behind", run.main),
+}
+"""What every command does, in one line, and what runs it with the words after its name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code is 2 after a mistake of the user."""
-    parser = argparse.ArgumentParser(prog="python -m launch", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    config = commands.add_parser("config", help="print a configuration file for `accelerate launch --config_file`")
-    config.add_argument("--processes", type=int, default=1, help="of all nodes together (default: 1)")
-    config.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="what to ask the recipe for")
-    config.add_argument("--cpu", action="store_true", help="CPU ranks, even where there are GPUs")
-    config.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
-    config.add_argument("--address", default="", help="of the first node, as the others see it")
-    config.add_argument("--port", type=int, default=29500, help="on the first node (default: 29500)")
-    options = vars(parser.parse_args(argv))
-    del options["command"]
-    try:
-        print(render(Start(**options)), end="")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run a command line, by default that of this process; the exit code is 2 after a mistake of the user."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = ArgumentParser(
+        prog="python -m launch",
+        description=__doc__,
+        epilog="commands:\n" + "\n".join(f"  {name:8}{summary}" for name, (summary, _) in COMMANDS.items()),
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS)
+    command = parser.parse_args(words[:1]).command
+    return COMMANDS[command][1](words[1:])
 
 
 if __name__ == "__main__":

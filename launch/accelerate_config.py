@@ -1,4 +1,4 @@
-"""Configuration files for `accelerate launch`, for the ways of starting that were tested.
+"""`python -m launch config`: files for `accelerate launch --config_file`, for the ways of starting that were tested.
 
 `accelerate config` asks its questions one by one and can write files that start something else than they say: with
 `distributed_type: MULTI_CPU`, or with `--cpu --num_processes 2`, one process runs. `render` writes those that do.
@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -34,6 +37,23 @@ class Start:
     comment: tuple[str, ...] = ()
 
 
+def main(argv: Sequence[str]) -> int:
+    """Print the file that these options ask for; the exit code is 2 after a mistake of the user."""
+    parser = ArgumentParser(prog="python -m launch config", description="Print a configuration file.")
+    parser.add_argument("--processes", type=int, default=1, help="of all nodes together (default: 1)")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="what to ask the recipe for")
+    parser.add_argument("--cpu", action="store_true", help="CPU ranks, even where there are GPUs")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
+    parser.add_argument("--address", default="", help="of the first node, as the others see it")
+    parser.add_argument("--port", type=int, default=29500, help="on the first node (default: 29500)")
+    try:
+        print(render(Start(**vars(parser.parse_args(argv)))), end="")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def render(start: Start) -> str:
     """The YAML for `accelerate launch --config_file`.
 
@@ -56,7 +76,7 @@ def render(start: Start) -> str:
     lines += [f"use_cpu: {str(start.cpu).lower()}", f"num_machines: {start.nodes}", f"num_processes: {start.processes}"]
     if start.nodes > 1:
         lines += ["machine_rank: 0", f"main_process_ip: {start.address}", f"main_process_port: {start.port}"]
-        lines += ["same_network: true", "rdzv_backend: static"]
+        lines += ["same_network: true"]
     return "\n".join(lines) + "\n"
 
 

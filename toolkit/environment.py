@@ -5,6 +5,7 @@ Standard library only, so that what must not wait for torch (samples, progress b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -115,6 +116,12 @@ def cpu_asked_for(environment: Environment | None = None) -> bool:
     return _is_true(_own(environment), "ACCELERATE_USE_CPU")
 
 
+def launched(environment: Environment | None = None) -> bool:
+    """Whether a launcher started this process, and answers for it; without one, nobody's end is its own."""
+    env = _own(environment)
+    return bool(env.get("RANK") or env.get("ACCELERATE_MIXED_PRECISION"))
+
+
 def is_main_rank(environment: Environment | None = None) -> bool:
     """Whether this process speaks for all: rank 0, or no rank at all. Read without any check."""
     return rank_name(environment) == "0"
@@ -123,6 +130,14 @@ def is_main_rank(environment: Environment | None = None) -> bool:
 def rank_name(environment: Environment | None = None) -> str:
     """The rank as it stands in the environment, for messages before anything is checked."""
     return _own(environment).get("RANK") or "0"
+
+
+def report_exit_code(code: int) -> None:
+    """Leave the exit code of this rank where `python -m launch run` looks for it: `accelerate launch` makes it 1."""
+    folder = os.environ.get("TOOLKIT_EXIT_CODES")
+    if folder:
+        with contextlib.suppress(OSError):  # it must not hide what the rank ends with
+            (Path(folder) / rank_name()).write_text(str(code), encoding="ascii")
 
 
 def _refuse_what_recipes_do_not_do(env: Environment) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 from toolkit.config import RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
+from toolkit.environment import launched
 from toolkit.errors import CheckpointError, ConfigError, DataError, LaunchError, NumericsError, ToolkitError
 from toolkit.models import parameter_counts
 from toolkit.numerics import LossGuard
@@ -86,7 +87,7 @@ class Session:
         Trackers(config.run.trackers, Path(), "", {}, main=False)  # refuses unknown names before anything is loaded
         self._run = find_run(recipe, config)
         self._folder: RunFolder | None = None
-        self._stop = StopRequest()
+        self._stop = StopRequest(launched=launched())
         self._cleanup = contextlib.ExitStack()
         self._progress = Progress()
         self._guard = LossGuard(config.train.spike)
@@ -220,6 +221,13 @@ class Session:
 
         self._watchdog.beat("evaluation", self._progress.step)
         return evaluate(self.strategy, self._task, loader, on_batch)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the validation split is to be evaluated after this step."""
+        every = self.config.run.eval_every
+        if every:
+            return step % every == 0
+        return step % self._train.steps_per_epoch == 0 or step == self.total_steps
 
     def baseline(self, loader: Loader, title: str) -> dict[str, Any]:
         """The metrics before training: measured once in the life of a run, and remembered when it goes on."""
@@ -406,10 +414,8 @@ class Session:
         self._name_slow_ranks(step)
 
     def _evaluate_if_due(self, validation: Loader) -> None:
-        progress, every = self._progress, self.config.run.eval_every
-        period = every or self._train.steps_per_epoch
-        due = progress.step % period == 0 or (not every and progress.step == self.total_steps)
-        if progress.step == 0 or not due or progress.evaluated == progress.step:
+        progress = self._progress
+        if progress.evaluated == progress.step or not self.evaluation_due(progress.step):
             return
         metrics = self.evaluate(validation, "validation")
         figures = {key: value for key, value in metrics.items() if isinstance(value, float)}

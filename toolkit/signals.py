@@ -6,6 +6,7 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
@@ -123,10 +124,12 @@ def as_helper(worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
     # Blocked, so that the thread can ask who sent it: handlers in Python are not told.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_for_parent, args=(os.getppid(),), name="as helper", daemon=True).start()
+    parent = multiprocessing.parent_process()  # not the server that has forked this process in its name
+    pid = os.getppid() if parent is None else parent.pid
+    threading.Thread(target=_end_for_parent, args=(pid,), name="as helper", daemon=True).start()
 
 
-def _end_for_parent(parent: int) -> None:
+def _end_for_parent(parent: int | None) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import transformers
 
 from toolkit.config import RecipeConfig, parse
-from toolkit.environment import is_main_rank, rank_name
+from toolkit.environment import is_main_rank, rank_name, report_exit_code
 from toolkit.errors import RESUMABLE_EXIT_CODE, USER_ERROR_EXIT_CODE, ToolkitError
 from toolkit.report import Console
 from toolkit.requirements import check_versions
@@ -32,7 +32,20 @@ def start(main: Callable[[Settings], object], config_class: type[Settings], desc
             a signal that left a run to go on with, 130 after Ctrl-C before there was one, 141 where the output's
             reader has left.
     """
+    code = 1
+    try:
+        _run(main, config_class, description)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+        raise
+    finally:
+        report_exit_code(code)
+
+
+def _run(main: Callable[[Settings], object], config_class: type[Settings], description: str) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by DCP, of a process alone
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     debug = False

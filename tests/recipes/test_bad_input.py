@@ -167,7 +167,7 @@ def test_an_incomplete_environment(tiny_job: list[str], tmp_path: Path) -> None:
 def test_a_folder_that_holds_another_run(tiny_job: list[str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-    assert "run holds another run" in refused([*tiny_job, "--run.dir", "run"], tmp_path)
+    assert "run holds other files, and no run" in refused([*tiny_job, "--run.dir", "run"], tmp_path)
 
 
 def test_debug_shows_the_traceback(tiny_job: list[str], tmp_path: Path) -> None:

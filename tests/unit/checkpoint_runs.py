@@ -12,12 +12,13 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from toolkit.checkpoint.saver import Saver
 from toolkit.checkpoint.store import Store
+from toolkit.checkpoint.tensors import read_tensors
 from toolkit.config import OptimConfig, StrategyConfig
 from toolkit.data.loader import batch_shape
 from toolkit.optim import adamw
 from toolkit.precision import Precision
 from toolkit.strategies import Strategy, choose_strategy
-from toolkit.world import world
+from toolkit.world import World, world
 
 CHINESE = "今天天气很好，我们去公园散步。"
 VALIDATION = {10: 0.9, 20: 0.5, 30: 0.7}
@@ -70,36 +71,46 @@ def write_run(
     run: Path, strategy_name: str, kind: str = "classifier", steps: tuple[int, ...] = (10, 20, 30)
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Train on this rank and save after each step of `steps`; the weights at the end, as the strategy gathers them."""
-    w = world()
-    w.connect()
-    model = MODELS[kind]()
+    w, strategy = _begin(strategy_name, kind)
     if w.main:
+        model = MODELS[kind]()
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(run / "base")
         tokenizer().save_pretrained(run / "base")
         (run / "config.yaml").write_text("data:\n  max_length: 16\n", encoding="utf-8")
-    strategy = choose_strategy(
-        StrategyConfig(name=strategy_name),  # type: ignore[arg-type]
-        world=w,
-        precision=Precision("fp32"),
-        shape=batch_shape(4, None, w.size),
-        max_grad_norm=1.0,
-    )
-    strategy.setup(model, lambda wrapped: adamw(wrapped, OptimConfig(lr=1e-2)))
-    store = Store(run)
-    saver = Saver(store, strategy, w, attempt=1, keep=10, keep_best=True, asynchronous=False)
-    tensors = {
-        name: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
-        for layout in w.gather({name: (shard.shape, shard.data.dtype) for name, shard in strategy.shards().items()})
-        for name, (shape, dtype) in layout.items()
-    }
+    saver = Saver(Store(run), strategy, w, attempt=1, keep=10, keep_best=True, asynchronous=False)
     for step in steps:
         _train(strategy, step)
-        saver.save(_manifest(strategy, step) | {"tensors": tensors}, {"rng": {}})
+        saver.save(_manifest(strategy, step), {"rng": {}})
     weights = {name: tensor.numpy() for name, tensor in strategy.weights().items()}
     strategy.teardown()
     w.close()
     return weights
+
+
+def pass_on(checkpoint: Path, run: Path, strategy_name: str) -> None:
+    """Read a checkpoint under another strategy, and write it as that strategy holds it."""
+    w, strategy = _begin(strategy_name, "classifier")
+    read_tensors(checkpoint, strategy.shards())
+    strategy.loaded()
+    saver = Saver(Store(run), strategy, w, attempt=1, keep=10, keep_best=False, asynchronous=False)
+    saver.save(_manifest(strategy, 30), {"rng": {}})
+    strategy.teardown()
+    w.close()
+
+
+def _begin(strategy_name: str, kind: str) -> tuple[World, Strategy]:
+    w = world()
+    w.connect()
+    strategy = choose_strategy(
+        StrategyConfig(name=strategy_name),  # type: ignore[arg-type]
+        world=w,
+        precision=Precision("fp32"),
+        shape=batch_shape(12, None, w.size),
+        max_grad_norm=1.0,
+    )
+    strategy.setup(MODELS[kind](), lambda wrapped: adamw(wrapped, OptimConfig(lr=1e-2)))
+    return w, strategy
 
 
 def _train(strategy: Strategy, step: int) -> None:
@@ -112,10 +123,16 @@ def _train(strategy: Strategy, step: int) -> None:
 
 
 def _manifest(strategy: Strategy, step: int) -> dict[str, Any]:
+    layouts = strategy.world.gather({name: (s.shape, s.data.dtype) for name, s in strategy.shards().items()})
+    tensors = {
+        name: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+        for layout in layouts
+        for name, (shape, dtype) in layout.items()
+    }
     return {
         "step": step,
         "epoch": 0,
-        "samples_seen": 4 * step,
+        "samples_seen": 12 * step,
         "created": "2030-05-06T07:08:09+00:00",
         "attempt": 1,
         "world": {"ranks": strategy.world.size, "strategy": strategy.name, "precision": "fp32", "device": "cpu"},
@@ -124,4 +141,5 @@ def _manifest(strategy: Strategy, step: int) -> dict[str, Any]:
         "scaler": strategy.scaler_state(),
         "metrics": {"loss": 1 / step, "validation_loss": VALIDATION.get(step, 1.0)},
         "state": {"step": step},
+        "tensors": tensors,
     }

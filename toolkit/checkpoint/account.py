@@ -109,30 +109,29 @@ def account(run: Path) -> Account:
     # All sizes at one moment: ranks that go on while they are read would seem to be many steps apart.
     files = [{rank: (path, path.stat().st_size) for rank, path in ledgers(run, a.number).items()} for a in attempts]
     tally = _Tally(_Plan(run), Account())
+    ends: dict[int, int] = {}
     for index, attempt in enumerate(attempts):
         undone_after = min((later.from_step for later in attempts[index + 1 :]), default=None)
-        ends = {
-            rank: max(attempt.from_step, tally.enter(path, size, undone_after))
-            for rank, (path, size) in files[index].items()
-        }
-        to_step = max([attempt.from_step, *ends.values()])
-        tally.account.parts.append(
-            Part(attempt.number, attempt.from_step, to_step, attempt.status, _ranks(attempt), len(ends))
-        )
-    # A rank without a ledger has not come further than where the attempt began.
-    tally.judge(*_ends(attempts[-1], dict.fromkeys(range(_ranks(attempts[-1]) or 0), attempts[-1].from_step) | ends))
+        ends = {rank: tally.enter(path, size, undone_after) for rank, (path, size) in files[index].items()}
+        to_step, ranks = max([attempt.from_step, *ends.values()]), _ranks(attempt)
+        part = Part(attempt.number, attempt.from_step, to_step, attempt.status, ranks, len(ends))
+        tally.account.parts.append(part)
+    tally.judge(*_end(attempts[-1], ends))
     return tally.account
 
 
-def _ends(attempt: Attempt, ends: dict[int, int]) -> tuple[int, int | None]:
-    """The last step that should have been consumed, and the one that was under way when the last attempt was killed.
+def _end(attempt: Attempt, ends: dict[int, int]) -> tuple[int, int]:
+    """The last step that should have been consumed, and the one that was under way at the end of all; 0 if none was.
 
     Ranks meet in every step, so they cannot be further apart than one: what is missing beyond that was lost.
     """
-    last = max(ends.values(), default=attempt.from_step)
-    if attempt.status in ("finished", "interrupted"):
-        return max(last, attempt.ended_at or 0), None
-    return last, last if min(ends.values(), default=last) == last - 1 else None
+    # A rank without a ledger has not come further than where the attempt began.
+    ranks = {*range(_ranks(attempt) or 0), *ends}
+    reached = [max(attempt.from_step, ends.get(rank, 0)) for rank in ranks] or [attempt.from_step]
+    if attempt.status == "finished":
+        return max(*reached, attempt.ended_at or 0), 0
+    last = max(reached)
+    return last, last if min(reached) == last - 1 else 0
 
 
 def _ranks(attempt: Attempt) -> int | None:
@@ -188,12 +187,12 @@ class _Tally:
         """Enter one ledger, without the steps that a later attempt has undone; the last step that counts."""
         last = 0
         for epoch, steps, counts, ids in self._chunks(path, size, undone_after):
-            last = max(last, *steps)
+            last = max(last, max(steps))
             self._see(epoch, np.repeat(_integers(steps), _integers(counts)), _integers(ids))
         return last
 
-    def judge(self, last: int, partial: int | None) -> None:
-        """Find what is missing of the steps up to `last`, of which `partial` is one that was under way."""
+    def judge(self, last: int, partial: int) -> None:
+        """Find what is missing of the steps up to `last`, of which `partial`, if not 0, was under way."""
         account, plan = self.account, self._plan
         for epoch in sorted({*range(math.ceil(last / plan.steps_per_epoch)), *self._first}):
             rows, planned = plan.epoch(epoch)
@@ -204,7 +203,7 @@ class _Tally:
             account.lost += _note(account.lost_ids, epoch, plan.ids[rows[missing & ~under_way]])
             elsewhere = (first != 0) & (first != planned)
             account.misplaced += _note(account.misplaced_ids, epoch, plan.ids[rows[elsewhere]])
-        account.steps = last - (partial is not None)
+        account.steps = last - (partial > 0)
         account.epochs = account.steps // plan.steps_per_epoch
 
     def _chunks(

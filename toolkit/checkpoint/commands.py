@@ -246,7 +246,9 @@ def _verified(path: Path) -> dict[str, object]:
 
 
 def _outside(target: Path, checkpoint: Path) -> None:
-    if checkpoint.resolve().parent in target.resolve().parents:
+    """Refuse to write into a checkpoint, which would not be good any more, or among those of a run."""
+    folder = checkpoint.resolve()
+    if {folder, Store(folder.parent.parent).folder} & set(target.resolve().parents):
         raise ConfigError(f"{target} is inside of a folder of checkpoints", "Name a folder elsewhere.")
 
 

@@ -267,7 +267,8 @@ def _weight_difference(model: PreTrainedModel, again: PreTrainedModel) -> float:
     there, here = again.state_dict(), model.state_dict()
     if there.keys() != here.keys():
         raise CheckpointError(f"names differ: {', '.join(sorted(there.keys() ^ here.keys())[:3])}", _DEFECT)
-    return max(_difference(tensor, there[name]) for name, tensor in here.items())
+    differences = [_difference(tensor, there[name]) for name, tensor in here.items()]
+    return float(torch.tensor(differences, dtype=torch.float64).max())  # Python's max would lose what is not a number
 
 
 def _logit_difference(model: PreTrainedModel, again: PreTrainedModel, probe: Mapping[str, torch.Tensor]) -> float:

@@ -89,7 +89,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror})", "Name the folder of a run, and see that you may read it."
+            f"{path}: cannot be read ({error.strerror or error})", "Name the folder of a run, and see that you may read it."
         ) from error
 
 

@@ -148,7 +148,7 @@ class Saver:
                 f"at step {step} {len(poisoned)} tensors are not finite ({', '.join(poisoned[:3])} …): not saved",
                 "Go on from the checkpoint before it with a lower --optim.lr, or --precision fp32.",
             )
-        self._on_main(step, lambda: self.store.begin(aside))
+        self._on_main(step, lambda: self._begin(aside))
         reports = world.gather(_write(aside, world.rank, self._staged, rank_state, group), group)
 
         def commit() -> None:
@@ -161,9 +161,16 @@ class Saver:
             except BaseException:
                 self.store.abandon(aside)
                 raise
-            self.store.retain(self._keep, best=self._keep_best)
+            self._retain()
 
         self._on_main(step, commit)
+
+    def _begin(self, aside: Path) -> None:
+        self._retain()  # a kill may have left one too many, and the disk may not hold yet another
+        self.store.begin(aside)
+
+    def _retain(self) -> None:
+        self.store.retain(self._keep, best=self._keep_best)
 
     def _on_main(self, step: int, action: Callable[[], T]) -> T:
         """As `World.on_main`; but whatever goes wrong is the same CheckpointError on all ranks."""

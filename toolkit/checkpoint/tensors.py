@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -30,7 +29,6 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -82,16 +80,18 @@ def read_tensors(folder: Path, shards: Mapping[str, FlatShard]) -> None:
     Raises:
         CheckpointError: a tensor is missing there, of another size, or of another type.
     """
-    reader = HuggingFaceStorageReader(str(folder))
+    reader, planner = HuggingFaceStorageReader(str(folder)), _LoadPlanner(folder)
     state = {name: _Entry(shard) for name, shard in shards.items()}
     try:
-        load(state, storage_reader=reader, planner=_LoadPlanner(folder), no_dist=True)
-    except CheckpointException as error:  # a BaseException, which wraps what happened
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, CheckpointError):
-            raise cause from None
+        metadata = reader.read_metadata()
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        planner.set_up_planner(state, metadata, is_coordinator=True)
+        reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise CheckpointError(
-            f"{folder} cannot be read: {type(cause).__name__}: {cause}", "Run `toolkit checkpoint verify` on it."
+            f"{folder} cannot be read: {type(error).__name__}: {error}", "Run `toolkit checkpoint verify` on it."
         ) from error
 
 

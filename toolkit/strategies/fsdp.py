@@ -77,6 +77,13 @@ class FSDP(TorchStrategy):
         state: dict[str, Any] = dict(get_model_state_dict(self.module, options=options))
         return state
 
+    def shards(self) -> dict[str, FlatShard]:
+        """Out of the DTensors; an evaluation leaves the root's parameters gathered, for no backward follows it."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().shards()
+
     def effective(self) -> dict[str, Any]:
         """With the mesh and the share of the parameters that this rank holds, read from its DTensors."""
         shards = [p for p in self.module.parameters() if isinstance(p, DTensor)]
