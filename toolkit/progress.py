@@ -65,6 +65,18 @@ class Progress:
             found |= {f"validation_{name}": value for name, value in self.evaluations[-1].items() if name != "step"}
         return found
 
+    def report(self, seconds: float) -> dict[str, Any]:
+        """The figures of the run so far, for its report."""
+        return {
+            "steps": self.step,
+            "evaluations": self.evaluations,
+            "seconds": seconds,
+            "samples_per_second": self.samples / self.training_seconds if self.training_seconds else 0.0,
+            "skipped_steps": self.skipped_steps,
+            "bad_rows": len(self.bad_rows),
+            "left_out": self.left_out,
+        }
+
     def state(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)

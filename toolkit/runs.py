@@ -16,8 +16,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from toolkit.config import CheckpointConfig, RunConfig, plain
-from toolkit.errors import CheckpointError, ConfigError, LaunchError, ToolkitError, nearest
+from toolkit.errors import CheckpointError, ConfigError, DataError, LaunchError, ToolkitError, nearest
 from toolkit.report import RunFolder, redact
+from toolkit.world import World
 
 FREE = (
     *("checkpoint", "run.dir", "run.name", "run.log_every", "run.trackers", "run.debug", "run.hang_seconds"),
@@ -118,6 +119,35 @@ def lock(folder: Path) -> FileLock:
             f"another process is writing to {folder}", "Let it end, or name another folder with --run.dir."
         ) from error
     return held
+
+
+def check_shared(path: Path, world: World) -> None:
+    """Check that every rank sees the folder that rank 0 has made. Collective.
+
+    Raises:
+        LaunchError: naming the ranks that do not.
+    """
+    blind = [rank for rank, sees in enumerate(world.gather(path.is_dir())) if not sees]
+    if blind:
+        raise LaunchError(
+            f"ranks {blind} do not see {path.resolve()}, which rank 0 has made",
+            "Name a folder on a file system that all nodes share with --run.dir.",
+        )
+
+
+def refuse_other_data(folder: RunFolder, data_fingerprint: str) -> None:
+    """Refuse to go on with a run on other data than it was begun with; where it wrote no manifest, nothing is known.
+
+    Raises:
+        DataError: they differ.
+    """
+    if not folder.manifest_path.exists():
+        return
+    if folder.read_manifest().get("data_fingerprint") != data_fingerprint:
+        raise DataError(
+            f"the data are no longer those that {folder.path} was begun with",
+            "Bring them back, or start a new run: --checkpoint.resume never, or another --run.dir.",
+        )
 
 
 def _named(path: Path, config: Any) -> Run:

@@ -23,26 +23,22 @@ from toolkit.config import RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
-from toolkit.errors import CheckpointError, ConfigError, DataError, LaunchError, NumericsError, ToolkitError
+from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
 from toolkit.models import parameter_counts
 from toolkit.numerics import LossGuard
 from toolkit.optim import Schedule, adamw, build_schedule
 from toolkit.overview import manifest, overview
+from toolkit.pace import Pace
 from toolkit.precision import choose_precision
 from toolkit.progress import Progress
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, versions, write_html
-from toolkit.runs import find_run, lock, open_folder
+from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_other_data
 from toolkit.signals import StopRequest
 from toolkit.strategies import choose_strategy
 from toolkit.tasks import Task
-from toolkit.watchdog import Watchdog, slow_ranks
+from toolkit.watchdog import Watchdog
 from toolkit.world import world
-
-STEPS_BETWEEN_LOOKS = 20
-"""At the time that each rank needs for itself, to name slow ones."""
-NOTICEABLE_SECONDS = 0.05
-"""Of a step: less is noise."""
 
 
 class Interrupted(Exception):
@@ -95,7 +91,7 @@ class Session:
         self._ready = False
         self._began = self._last_time = time.monotonic()
         self._seconds_before = 0.0
-        self._busy = torch.zeros(self.world.size)
+        self._pace = Pace(self.world)
         self._report: dict[str, Any] = {}
 
     @property
@@ -170,7 +166,7 @@ class Session:
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim))
         self._tokenizer = tokenizer
         self._folder = RunFolder(self.world.on_main(self._open_folder))
-        self._check_shared()
+        check_shared(self.folder.path, self.world)
         self._resume(data_fingerprint)
         self._trackers = Trackers(
             self.config.run.trackers,
@@ -306,7 +302,7 @@ class Session:
         self._bar.update(step.number, loss=result.loss, samples_per_second=rate, **more)
         if result.skipped_rows:
             self._note_bad_rows(step)
-        self._busy[self.world.rank] += result.busy
+        self._pace.add(result.busy)
 
     def finish(self, *, before: Mapping[str, Any], test: Mapping[str, Any], majority: float) -> None:
         """Save the model, write the reports and show the final figures.
@@ -392,7 +388,7 @@ class Session:
             if step is None:
                 return
             self._watchdog.beat("step", step.number)
-            self._busy[self.world.rank] += time.monotonic() - self._last_time
+            self._pace.add(time.monotonic() - self._last_time)
             yield step
 
     def _after(self, step: Step, validation: Loader) -> None:
@@ -411,7 +407,8 @@ class Session:
             self._save()
         if stop:
             self._interrupt()
-        self._name_slow_ranks(step)
+        for rank, seconds in self._pace.slow_ranks(step.number):
+            self.console.warn(f"rank {rank} is slow: {seconds:.2f} s a step for data and forward; the others wait")
 
     def _evaluate_if_due(self, validation: Loader) -> None:
         progress = self._progress
@@ -454,7 +451,7 @@ class Session:
         )
         if self._run.known:
             self._recovery.refuse_hopeless()
-            self.world.on_main(lambda: self._refuse_other_data(data_fingerprint))
+            self.world.on_main(lambda: refuse_other_data(self.folder, data_fingerprint))
             if checkpoint := self._recovery.resume():
                 self._progress = Progress.from_state(checkpoint.manifest["state"])
         progress = self._progress
@@ -473,16 +470,6 @@ class Session:
         facts = {key: effective[key] for key in ("strategy", "precision", "device")}
         changes = {key: list(pair) for key, pair in self._run.changes.items()}
         self._recovery.begin(self._progress.step, loader, facts | {"changes": changes})
-
-    def _refuse_other_data(self, data_fingerprint: str) -> None:
-        with contextlib.suppress(CheckpointError):
-            there = self.folder.read_manifest().get("data_fingerprint")
-            if there == data_fingerprint:
-                return
-            raise DataError(
-                f"the data are no longer those that {self.folder.path} was begun with",
-                "Bring them back, or start a new run: --checkpoint.resume never, or another --run.dir.",
-            )
 
     def _note_fault(self, fault: str) -> None:
         train = self.config.train
@@ -534,25 +521,6 @@ class Session:
         if new:
             self.console.warn(f"step {step.number}: {len(new)} unfit samples are left out ({shown})")
 
-    def _name_slow_ranks(self, step: Step) -> None:
-        if step.number % STEPS_BETWEEN_LOOKS or not self.world.connected:
-            return
-        busy = (self.world.sum(self._busy) / STEPS_BETWEEN_LOOKS).tolist()
-        self._busy = torch.zeros(self.world.size)
-        for rank in slow_ranks(busy) if max(busy) > NOTICEABLE_SECONDS else ():
-            self.console.warn(
-                f"rank {rank} is slow: {busy[rank]:.2f} s a step for data and forward; the others wait for it"
-            )
-
-    def _check_shared(self) -> None:
-        path = self.folder.path
-        blind = [rank for rank, sees in enumerate(self.world.gather(path.is_dir())) if not sees]
-        if blind:
-            raise LaunchError(
-                f"ranks {blind} do not see {path.resolve()}, which rank 0 has made",
-                "Name a folder on a file system that all nodes share with --run.dir.",
-            )
-
     def _make_watchdog(self) -> contextlib.AbstractContextManager[Any]:
         return Watchdog(
             self.folder.path,
@@ -585,19 +553,8 @@ class Session:
         self.folder.write_manifest(manifest(self.strategy, self.schedule, self.config, data_fingerprint))
 
     def _close_report(self, status: str, error: str = "") -> None:
-        progress = self._progress
-        trained = progress.training_seconds
-        self._report |= {
-            "status": status,
-            "steps": progress.step,
-            "evaluations": progress.evaluations,
-            "seconds": self._seconds,
-            "samples_per_second": progress.samples / trained if trained else 0.0,
-            "skipped_steps": progress.skipped_steps,
-            "attempts": self._recovery.attempt if self._ready else 0,
-            "bad_rows": len(progress.bad_rows),
-            "left_out": progress.left_out,
-        }
+        self._report |= {"status": status, "attempts": self._recovery.attempt if self._ready else 0}
+        self._report |= self._progress.report(self._seconds)
         if error:
             self._report["error"] = error
 

@@ -18,6 +18,8 @@ from tests.recipes.launching import recipe
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+Main = Callable[[Any], None]
+
 
 @dataclass
 class Ended:
@@ -32,16 +34,19 @@ class Ended:
 
 
 class Job:
-    """Ranks that run the recipe with `options` into the folder `run`, started as soon as it is made."""
+    """Ranks that run the recipe with `options` into the folder `run`, started as soon as it is made.
 
-    def __init__(self, options: Sequence[str], run: Path, ranks: int = 1) -> None:
+    Another `main` with the same settings may stand in for the recipe's; it is pickled.
+    """
+
+    def __init__(self, options: Sequence[str], run: Path, ranks: int = 1, main: Main | None = None) -> None:
         self.run = run
         context = multiprocessing.get_context("forkserver")
         port, argv = free_port(), [*options, "--run.dir", str(run)]
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         self._readers = [reader for reader, _ in pipes]
         self.ranks = [
-            context.Process(target=_rank, args=(argv, str(run.parent), rank, ranks, port, writer), daemon=True)
+            context.Process(target=_rank, args=(argv, str(run.parent), rank, ranks, port, writer, main), daemon=True)
             for rank, (_, writer) in enumerate(pipes)
         ]
         for rank in self.ranks:
@@ -85,21 +90,25 @@ class Job:
         return Ended([rank.exitcode or 0 for rank in self.ranks], texts)
 
 
-def finish(options: Sequence[str], run: Path, ranks: int = 1) -> Ended:
+def finish(options: Sequence[str], run: Path, ranks: int = 1, main: Main | None = None) -> Ended:
     """The same command line once more, to its end."""
-    ended = Job(options, run, ranks).wait()
+    ended = Job(options, run, ranks, main).wait()
     assert ended.codes == [0] * ranks, ended.text
     return ended
 
 
-def _rank(argv: list[str], cwd: str, rank: int, size: int, port: int, writer: Any) -> None:
+def _rank(argv: list[str], cwd: str, rank: int, size: int, port: int, writer: Any, main: Main | None) -> None:
+    # A rank of a test is a daemon, which may have no children, and starts processes as it was started. A run's loader
+    # has children, and forks them.
+    multiprocessing.current_process().daemon = False
+    multiprocessing.set_start_method("fork", force=True)
     if size > 1:
         os.environ.update(dict(zip(NAMES, map(str, (rank, rank, size, size, "127.0.0.1", port)), strict=True)))
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)
-    code, text = recipe(argv, cwd)
+    code, text = recipe(argv, cwd, main)
     writer.send(text)
     writer.close()
     raise SystemExit(code)
@@ -116,3 +125,9 @@ def curve(run: Path) -> list[tuple[Any, ...]]:
     """What must be equal to the last bit: step, loss, gradient norm, learning rate, units, samples."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [tuple(line[key] for key in ("step", "loss", "grad_norm", "lr", "units", "samples_seen")) for line in lines]
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    """All that stands in metrics.jsonl but what a clock has measured."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key not in ("seconds", "samples_per_second")} for line in lines]

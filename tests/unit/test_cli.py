@@ -15,7 +15,7 @@ import pytest
 
 from tests.parity.job import tiny_bert, tiny_tokenizer
 from toolkit import samples
-from toolkit.cli import COMMANDS, main
+from toolkit.cli import COMMANDS, Command, Group, main
 
 TOOLKIT = [sys.executable, "-m", "toolkit.cli"]
 # One thread: on busy cores, two of them would wait for each other over so small a model.
@@ -71,12 +71,22 @@ def test_help_lists_every_command_at_once() -> None:
         assert len(command.summary) < 80
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if isinstance(command, Command)])
 def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: toolkit {name} ")
     assert "--debug" in out
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if isinstance(command, Group)])
+def test_help_of_a_group(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: toolkit {name} COMMAND …\n")
+    assert f"`toolkit {name} COMMAND --help` tells its options." in out
+    assert main([name]) == 2
+    assert out.strip() in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +98,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["pedict", "run"], "there is no command 'pedict'. Did you mean 'predict'? → Commands: predict,"),
+        (["checkpoint", "lss", "run"], "there is no command 'lss'. Did you mean 'ls'? → Commands: ls,"),
+        (["checkpoint", "--jsn"], "unrecognized arguments: --jsn → See `toolkit checkpoint --help`"),
         (["--verson"], "unrecognized arguments: --verson. Did you mean '--version'?"),
         (["predict"], "the following arguments are required: RUN. → See `toolkit predict --help`."),
         (["report"], "the following arguments are required: RUN. → See `toolkit report --help`."),

@@ -22,6 +22,7 @@ FLOORS = (
     "config",
     "requirements",
     "world",
+    "pace",
     "samples",
     "order",
     "precision",

@@ -190,11 +190,11 @@ def test_the_verdict(codes: set[int], ended_well: bool, asked: bool, code: int) 
 @pytest.mark.parametrize(
     ("config", "ends", "code"),
     [
-        (TWO, ("0", "0"), 0),
         (TWO, ("2", "waits"), 2),
         (TWO, ("75", "75"), 75),
-        (TWO, ("waits", "killed"), 1),
         (ONE, ("75",), 75),
+        pytest.param(TWO, ("0", "0"), 0, marks=pytest.mark.slow),
+        pytest.param(TWO, ("waits", "killed"), 1, marks=pytest.mark.slow),
     ],
 )
 def test_the_exit_code_is_the_recipes(job: Callable[..., Job], config: str, ends: tuple[str, ...], code: int) -> None:
@@ -216,9 +216,9 @@ def test_exit_codes_go_nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize(
     ("config", "number", "reason"),
     [
-        (TWO, signal.SIGTERM, "SIGTERM"),
         (TWO, signal.SIGUSR1, "SIGUSR1"),
         (ONE, signal.SIGUSR1, "SIGUSR1"),
+        pytest.param(TWO, signal.SIGTERM, "SIGTERM", marks=pytest.mark.slow),
         pytest.param(TWO, signal.SIGINT, "SIGINT", marks=pytest.mark.slow),
         pytest.param(TWO, signal.SIGHUP, "SIGTERM", marks=pytest.mark.slow),
         pytest.param(ONE, signal.SIGTERM, "SIGTERM", marks=pytest.mark.slow),
@@ -235,6 +235,7 @@ def test_signals_reach_all_ranks(job: Callable[..., Job], config: str, number: s
     assert len(list(one.folder.glob("pid_*"))) == ranks  # who is stopped is not started again
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_at_once(job: Callable[..., Job]) -> None:
     one = job(STOPS, 1)  # as a scheduler sends it
     one.wait_for("ready_*", 2)
@@ -271,7 +272,7 @@ def test_a_second_signal_ends_all_at_once(job: Callable[..., Job]) -> None:
 # Deaths
 
 
-@pytest.mark.parametrize("config", [TWO, ONE])
+@pytest.mark.parametrize("config", [TWO, pytest.param(ONE, marks=pytest.mark.slow)])
 def test_the_death_of_accelerate(job: Callable[..., Job], config: str) -> None:
     one = job(STOPS, 0.5, config=config)
     one.wait_for("ready_*", 2 if config == TWO else 1)
@@ -325,6 +326,7 @@ def test_a_killed_rank_is_started_again_with_the_others(job: Callable[..., Job])
     ("ends", "code", "starts"),
     [(("2",), 2, 1), (("75",), 75, 2), (("killed",), 1, 2)],
 )
+@pytest.mark.slow
 def test_what_is_started_again(job: Callable[..., Job], ends: tuple[str, ...], code: int, starts: int) -> None:
     one = job(ENDS, *ends, config=ONE, own="--restarts 1")
     assert one.end() == code

@@ -1,0 +1,139 @@
+"""The recipe with traps: a place where a rank is killed, signalled or broken, and samples that spoil a loss.
+
+It is `recipes/bert_cls.py` step by step, around another task. The signals are real, and the rank sends them to itself,
+so that they always come in the same moment.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.bert_cls import Config
+from toolkit.data import text_classification
+from toolkit.data.loader import Step
+from toolkit.data.summary import majority, plan_rows, report_facts
+from toolkit.models import input_limits, load_classifier, load_tokenizer
+from toolkit.session import Session
+from toolkit.tasks import Batch, Classification
+
+BREAK = 0
+"""In the place of a signal: an exception."""
+
+
+@dataclass(frozen=True)
+class Trap:
+    """Where a rank gets a signal, and which.
+
+    Attributes:
+        place: `step` (in the last micro-batch of step `number`), `logged` (right after it), `baseline`, `validation`
+            or `test` (in its batch `number` of this process), `model` (while the model is saved), `never`.
+        number: of the step or batch.
+        rank: the one that is hit; all by default.
+        signal: its number, or `BREAK`.
+    """
+
+    place: str = "never"
+    number: int = 1
+    rank: int | None = None
+    signal: int = signal.SIGKILL
+
+    def pass_by(self, place: str, number: int, rank: int) -> None:
+        """Spring, if this is the place."""
+        if (place, number) != (self.place, self.number) or self.rank not in (None, rank):
+            return
+        if self.signal == BREAK:
+            raise RuntimeError(f"broken in {place} {number}")
+        os.kill(os.getpid(), self.signal)
+
+
+@dataclass(frozen=True)
+class Poison:
+    """What spoils losses, and what is left out by decree.
+
+    Attributes:
+        factors: by id of a sample: what the loss of its micro-batch is multiplied by.
+        left_out: steps that are not taken from the start, as if a fault had been there.
+    """
+
+    factors: Mapping[int, float] = field(default_factory=dict)
+    left_out: Mapping[int, str] = field(default_factory=dict)
+
+
+class Trapped(Classification):
+    """The recipe's task with a trap in its calls."""
+
+    trap: Trap
+    poison: Poison
+    rank: int
+    place = "baseline"
+    step: Step
+    micro_batches = 0
+    batches = 0
+
+    def enter(self, place: str) -> None:
+        """What the next batches of an evaluation belong to."""
+        self.place, self.batches = place, 0
+
+    def begin(self, step: Step) -> None:
+        """The next losses are those of this step."""
+        self.step, self.micro_batches = step, 0
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        self.micro_batches += 1
+        if self.micro_batches == len(self.step.micro_batches):
+            self.trap.pass_by("step", self.step.number, self.rank)
+        factor = math.prod(self.poison.factors.get(sample, 1.0) for sample in batch.ids)
+        return super().loss(outputs, batch) * factor
+
+    def measure(self, outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        self.batches += 1
+        self.trap.pass_by(self.place, self.batches, self.rank)
+        return super().measure(outputs, batch)
+
+
+class TrappedTokenizer:
+    """Saved beside the model, when its weights are there already."""
+
+    def __init__(self, tokenizer: Any, trap: Trap) -> None:
+        self.tokenizer, self.trap = tokenizer, trap
+
+    def save_pretrained(self, target: Path) -> None:
+        self.trap.pass_by("model", 1, 0)
+        self.tokenizer.save_pretrained(target)
+
+
+def main(config: Config, trap: Trap = Trap(), poison: Poison = Poison()) -> None:  # noqa: B008
+    """The whole run."""
+    with Session("bert_cls", config) as session:
+        tokenizer = load_tokenizer(config.model)
+        data = text_classification(config.data, tokenizer)
+        model = load_classifier(config.model, data.labels, seed=config.run.seed)
+        limits = input_limits(model, config.data.max_length)
+        task = Trapped(data.labels, tokenizer, config.train.label_smoothing, **limits)
+        task.trap, task.poison, task.rank = trap, poison, session.world.rank
+
+        options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows}
+        train, validation, test = session.loaders(task, data.train, data.validation, data.test, **options)
+        plan = {"model": {"name": config.model.name}, "data": plan_rows(data, config.data.max_length)}
+        saved = TrappedTokenizer(tokenizer, trap)
+        session.setup(model, tokenizer=saved, data_fingerprint=data.fingerprint, plan=plan)
+        session.describe(labels=data.labels, data=report_facts(data, config.data.max_length))
+        session._progress.left_out |= poison.left_out
+
+        before = session.baseline(test, "test before training")
+        task.enter("validation")
+        for step in session.steps(train, validation):
+            task.begin(step)
+            session.log(step, session.train_step(step))
+            trap.pass_by("logged", step.number, session.world.rank)
+        task.enter("test")
+        after = session.evaluate(test, "test")
+        session.finish(before=before, test=after, majority=majority(data))
