@@ -90,6 +90,7 @@ def compare(run: Run, whole: Run, ended: Ended, ids: set[int], epochs: int) -> d
         "rc": ended.code,
         "error": ended.error,
         "seconds": round(ended.seconds, 1),
+        "cpu_seconds": round(ended.cpu_seconds, 1),
         "killed_after_step": before.to_step,
     }
     if not resumed:

@@ -60,11 +60,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch ended."""
+    """How a launch ended.
+
+    Attributes:
+        code, error: exit code of the launcher, and the exception behind it in one line.
+        seconds: on the clock, which others on the machine slow down.
+        cpu_seconds: of the launcher and all ranks.
+    """
 
     code: int
     error: str
     seconds: float
+    cpu_seconds: float
 
 
 class Tool(ABC):
@@ -136,7 +143,7 @@ class Tool(ABC):
     ) -> Ended:
         (place / "run").mkdir(parents=True, exist_ok=True)
         record = self._new_record(place)
-        began = time.monotonic()
+        began, cpu = time.monotonic(), _cpu_seconds()
         with (place / "output.txt").open("wb") as output:
             launcher = subprocess.Popen(
                 [*_accelerate(ranks), *self.command(ranks, same_global_batch=same_global_batch)],
@@ -153,7 +160,7 @@ class Tool(ABC):
             finally:
                 _end(launcher)
         error = "" if code == 0 else _error(place / "output.txt")
-        return Ended(code, error, time.monotonic() - began)
+        return Ended(code, error, time.monotonic() - began, _cpu_seconds() - cpu)
 
     def _new_record(self, place: Path) -> dict[str, str]:
         """The environment that tells a start where to write what it consumes."""
@@ -252,6 +259,12 @@ def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "OMP_"))}
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return kept | {"ACCELERATE_USE_CPU": "true"} | offline
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that were started from here and have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _end(launcher: subprocess.Popen[bytes]) -> None:

@@ -79,15 +79,19 @@ class Fault:
 
 
 FEWER = (
-    Fault("one_process", "then 1 process instead of 2", ranks=1),
-    Fault("one_process_by_hand", "… and its batch doubled by hand", ranks=1, by_hand=True),
+    Fault("one_process", "1 process instead of 2", ranks=1),
+    Fault("one_process_by_hand", "… batch doubled by hand", ranks=1, by_hand=True),
 )
 HALF = Fault("half_checkpoint", "newest checkpoint cut in half", newest="cut")
 FAULTS = (
-    Fault("kill", "then the same command"),
+    Fault("kill", "same command again"),
     *FEWER,
     HALF,
-    Fault("half_checkpoint_by_hand", "… and removed by hand", by_hand=True, newest="removed"),
+    Fault("half_checkpoint_by_hand", "… removed by hand", by_hand=True, newest="removed"),
+)
+HEADINGS = (
+    *("goes on", "repeated\nsteps", "samples lost\n/ seen again", "steps", "rate differs\n(of the peak)"),
+    *("losses equal\n(largest apart)", "final\nweights", "CPU\nseconds"),
 )
 Row = dict[str, Any]
 
@@ -190,6 +194,7 @@ def measure(tool: Tool, folder: Path, faults: tuple[Fault, ...], ids: set[int]) 
             "seen_again": again,
             "last_step": whole.parts[-1].to_step,
             "seconds": round(ended.seconds, 1),
+            "cpu_seconds": round(ended.cpu_seconds, 1),
             "reproducible": reproducible(read(tool, killed), whole, after),
             "losses": [round(whole.curve[step][0], 3) for step in (1, len(whole.curve))],
         }
@@ -230,24 +235,17 @@ def read(tool: Tool, place: Path) -> Run:
 def show(result: dict[str, Any]) -> None:
     """The table, and below it the errors."""
     rows: list[Row] = result["runs"]
+    killed = sorted({row["killed_after_step"] for row in rows if "killed_after_step" in row})
     table = Table(
         title=f"{result['samples']} samples × {result['epochs']} epochs = {result['steps']} steps of "
-        f"{result['global_batch']} on 2 processes, a save every {result['save_every']}; kill -9 of all of them after "
-        f"step {min(row['killed_after_step'] for row in rows if 'killed_after_step' in row)} or little later",
+        f"{result['global_batch']} on 2 processes, a save every {result['save_every']}; "
+        f"kill -9 of both after step {' or '.join(map(str, killed))}",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for heading in ("fault", "tool"):
-        table.add_column(heading, no_wrap=True)
-    for heading in (
-        "goes on",
-        "steps\nrepeated",
-        "samples lost\n/ seen again",
-        "steps",
-        "learning rate differs\n(of peak)",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("losses equal\n(largest apart)", "weights", "s"):
+    table.add_column("fault", no_wrap=True)
+    table.add_column("tool", no_wrap=True)
+    for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for dropout in dict.fromkeys(row["dropout"] for row in rows):
         table.add_section()
@@ -270,9 +268,9 @@ def show(result: dict[str, Any]) -> None:
 def _cells(row: Row) -> list[str]:
     if row["fault"] == "none":
         counted = f"{row['lost']} / {row['seen_again']}"
-        return ["", "", counted, str(row["last_step"]), "", "", "", f"{row['seconds']:.0f}"]
+        return ["", "", counted, str(row["last_step"]), "", "", "", f"{row['cpu_seconds']:.0f}"]
     if not row["resumed"]:
-        return [f"no, rc {row['rc']}", *["–"] * 6, f"{row['seconds']:.0f}"]
+        return [f"no, rc {row['rc']}", *["–"] * 6, f"{row['cpu_seconds']:.0f}"]
     shared, rates, equal = row["shared_steps"], row["lr_differs"], row["losses_equal"]
     return [
         f"from {row['from_step']}",
@@ -282,7 +280,7 @@ def _cells(row: Row) -> list[str]:
         f"{rates} of {shared}" + (f" ({row['lr_largest_share_of_peak']:.0%})" if rates else ""),
         f"{equal} of {shared}" + (f" ({row['loss_largest_relative']:.1e})" if equal < shared else ""),
         "equal bits" if row["weights_equal"] else f"{row['weights_relative']:.1e} apart",
-        f"{row['seconds']:.0f}",
+        f"{row['cpu_seconds']:.0f}",
     ]
 
 

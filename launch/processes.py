@@ -18,13 +18,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-SIGNALS = {
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGINT: signal.SIGINT,
-    signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGHUP: signal.SIGTERM,
-}
-"""What is passed on, and as what: training notes no SIGHUP."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""What is passed on."""
 
 SAME_WISH = 2.0
 """Seconds in which signals are one wish, as `toolkit.signals` has it."""
@@ -46,7 +41,7 @@ class Parent:
         grace: seconds between a signal, or the end of the command, and the end of what it started.
 
     Attributes:
-        asked: the signal that came first, as the command got it; 0 while none has come.
+        asked: the signal that came first; 0 while none has come.
         insisted: the signal that came second.
     """
 
@@ -85,13 +80,15 @@ class Parent:
         self._child = process.pid
         if self.asked:
             _kill({process.pid}, self.asked)  # it came meanwhile
+        left_until = math.inf  # of this command: the next one has its own
         while self._child or children() - others:
             for pid, status in _ended():
                 if pid == self._child:
                     self._child = 0
                     process.returncode = os.waitstatus_to_exitcode(status)
                     self._end(children() - others)
-            if time.monotonic() > self._deadline:
+                    left_until = time.monotonic() + self._grace
+            if time.monotonic() > min(self._deadline, left_until):
                 _kill(({self._child} if self._child else set()) | (children() - others), signal.SIGKILL)
             time.sleep(TICK)
         return process.returncode == 0
@@ -99,7 +96,7 @@ class Parent:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.asked:
-            self.asked, self._since = SIGNALS[signal.Signals(number)], now
+            self.asked, self._since = number, now
             self._deadline = now + self._grace + MARGIN
             if self._child:
                 _kill({self._child}, self.asked)
@@ -111,7 +108,6 @@ class Parent:
         now = time.monotonic()
         if not self.asked or now - self._since < SAME_WISH:  # later it would be a second one, which ends them at once
             _kill(orphans, self.asked or signal.SIGTERM)
-        self._deadline = min(self._deadline, now + self._grace)
 
 
 def children() -> set[int]:

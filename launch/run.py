@@ -2,7 +2,8 @@
 
 Around it stands a parent that adds what accelerate leaves out:
 
-- SIGTERM, SIGINT, SIGUSR1 and SIGHUP reach the ranks; of the last two, accelerate would die and leave them behind;
+- SIGTERM, SIGINT, SIGUSR1 and SIGHUP reach the ranks; accelerate dies of SIGUSR1, and with one rank of any of them, and
+  leaves the ranks behind;
 - after a crash all ranks are started again, up to N times;
 - the exit code is the recipe's own, of which accelerate makes 1: 0; 2 after a mistake of the user; 75 where the run was
   stopped and can go on (by a signal, or because it hung); 1 after anything else; 128 + n after a second signal n;

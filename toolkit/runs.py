@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from toolkit.checkpoint.attempts import Attempts
 from toolkit.config import CheckpointConfig, RunConfig, plain
 from toolkit.errors import CheckpointError, ConfigError, DataError, LaunchError, ToolkitError, nearest
 from toolkit.report import RunFolder, redact
@@ -135,6 +136,18 @@ def check_shared(path: Path, world: World) -> None:
         )
 
 
+def refuse_begun(folder: RunFolder) -> None:
+    """Refuse to begin a run where another process has, while this one waited for the lock.
+
+    Raises:
+        LaunchError: it has.
+    """
+    if folder.config_path.exists():
+        raise LaunchError(
+            f"another process has begun a run in {folder.path} meanwhile", "The same command now goes on with it."
+        )
+
+
 def refuse_other_data(folder: RunFolder, data_fingerprint: str) -> None:
     """Refuse to go on with a run on other data than it was begun with; where it wrote no manifest, nothing is known.
 
@@ -155,8 +168,7 @@ def _named(path: Path, config: Any) -> Run:
         return Run(path)
     if not path.is_dir():
         raise CheckpointError(f"--run.dir {path} is a file", "Name a folder.")
-    entries = {entry.name for entry in path.iterdir()} - {".lock"}
-    if not entries:
+    if all(entry.name.startswith(".") for entry in path.iterdir()):  # the lock, and a file that was not finished
         return Run(path)
     folder = RunFolder(path)
     if not folder.config_path.exists():
@@ -225,8 +237,10 @@ def _within(key: str, allowed: Sequence[str]) -> bool:
 
 
 def _is_finished(path: Path) -> bool:
+    """By its report, unless it was to go on after that and was killed."""
     try:
-        return RunFolder(path).read_report().get("status") == "finished"
+        last = Attempts(path).read()[-1:]
+        return RunFolder(path).read_report().get("status") == "finished" and all(a.status == "finished" for a in last)
     except CheckpointError:
         return False
 

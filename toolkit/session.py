@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from toolkit.checkpoint.export import write_base, write_model
 from toolkit.config import RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
@@ -33,7 +33,7 @@ from toolkit.precision import choose_precision
 from toolkit.progress import Progress
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, versions, write_html
-from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_other_data
+from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun, refuse_other_data
 from toolkit.signals import StopRequest
 from toolkit.strategies import choose_strategy
 from toolkit.tasks import Task
@@ -190,11 +190,14 @@ class Session:
             "run": str(self.folder.path),
         }
         self.world.on_main(lambda: self._write_manifest(data_fingerprint))
+        module: Any = self.strategy.module
+        self.world.on_main(lambda: write_base(module, tokenizer, self.folder.path / "base"))
         self.console.plan(rows, rates)
         if self.precision.name == "fp16" and self.world.device.type == "cpu":
             self.console.warn("few CPUs multiply fp16 in hardware: expect this to be very slow; bf16 is not.")
         self._cleanup.enter_context(self._stop)
-        self._watchdog = self._cleanup.enter_context(self._make_watchdog())
+        self._watchdog = self._make_watchdog()
+        self._watchdog.start()
         self._ready = True
 
     def describe(self, **facts: Any) -> None:
@@ -331,17 +334,22 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leave a partial report where something ended the run, and part from the other ranks where all agree."""
-        self.console.close()
-        self._cleanup.close()
+        with self._cleanup:  # to the end of it: the signal that is being answered may come twice
+            self.console.close()
+            if self._ready:
+                self._watchdog.stop()
+            self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        if not self._ready:  # the report in the folder is of those who were before
+            return
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         status = "finished" if error is None else "interrupted" if stopped else "failed"
-        if error is not None and self._folder is not None and self.world.main and "test" not in self._report:
+        if error is not None and self.world.main and "test" not in self._report:
             with contextlib.suppress(ToolkitError):
                 self._close_report(status, str(error))
                 self._write_report()
                 self.console.note(f"the report so far: {self.folder.html_path}")
-        if not self._ready:
-            return
         agreed = error is None or isinstance(error, (Interrupted, ToolkitError))
         if agreed:
             with contextlib.suppress(ToolkitError):  # `error` is told; this one would hide it
@@ -521,7 +529,7 @@ class Session:
         if new:
             self.console.warn(f"step {step.number}: {len(new)} unfit samples are left out ({shown})")
 
-    def _make_watchdog(self) -> contextlib.AbstractContextManager[Any]:
+    def _make_watchdog(self) -> Watchdog:
         return Watchdog(
             self.folder.path,
             rank=self.world.rank,
@@ -544,9 +552,13 @@ class Session:
             )
 
     def _open_folder(self) -> Path:
-        folder = open_folder(self.recipe, self._run)
-        self._lock = lock(folder)
-        return folder
+        folder = RunFolder(open_folder(self.recipe, self._run))
+        self._lock = lock(folder.path)
+        if not self._run.known:
+            refuse_begun(folder)
+            # Before all else: what a kill leaves from here on is a run to go on with.
+            folder.write_config(to_yaml(self.config))
+        return folder.path
 
     def _write_manifest(self, data_fingerprint: str) -> None:
         self.folder.write_config(to_yaml(self.config))
@@ -566,15 +578,9 @@ class Session:
         if not self.config.checkpoint.save_model:
             return
         weights, target = self.strategy.weights(), self.folder.path / "model"
-
-        def save() -> None:
-            module: Any = self.strategy.module
-            module.save_pretrained(target, state_dict=weights, max_shard_size=self.config.checkpoint.max_shard_size)
-            self._tokenizer.save_pretrained(target)
-            for file in target.glob("*.safetensors"):
-                shutil.copymode(target / "config.json", file)  # safetensors writes for the owner alone
-
-        self.world.on_main(save)
+        module: Any = self.strategy.module
+        size = self.config.checkpoint.max_shard_size
+        self.world.on_main(lambda: write_model(module, weights, self._tokenizer, target, size))
 
     def _stale(self) -> bool:
         patience = self.config.run.early_stopping

@@ -13,10 +13,12 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+NOT_FOR_HELPERS = SIGNALS[1:]
 LAUNCHER_HAS_ENDED = "the launcher has ended"
 
 SAME_WISH = 2.0
@@ -33,17 +35,18 @@ class StopRequest:
     than `SAME_WISH` seconds after it ends the process at once with 128 + its number, even where the main thread waits
     for other ranks in C code: a thread of its own reads what the C-level handler writes.
 
-    Outside of the main thread, where Python has no signal handlers, nothing is noted. Processes that are forked in the
-    context ignore SIGINT and SIGUSR1, which launchers send to the whole process group, and end at SIGTERM; those that
-    must outlive that too call `as_helper`.
+    Outside of the main thread, where Python has no signal handlers, nothing is noted, and of SIGHUP after `nohup` as
+    little. Processes that are forked in the context ignore the signals, which launchers send to the whole process
+    group, but for SIGTERM; those that must outlive that too call `as_helper`.
 
     Args:
         launched: whether the parent is a launcher, whose death is a wish to stop. A shell is none: what it has started
-            in the background may outlive it.
+            in the background may outlive it. The launcher is the parent that this process has when this is made.
     """
 
     def __init__(self, *, launched: bool = True) -> None:
         self._launched = launched
+        self._parent = os.getppid()
         self._reason = ""
         self._since = 0.0
         self._listening = False
@@ -51,7 +54,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """Who asked first: "SIGTERM", "SIGINT", "SIGUSR1" or "the launcher has ended"; empty while nobody has."""
+        """Who asked first: the name of a signal, or "the launcher has ended"; empty while nobody has."""
         return self._reason
 
     def __enter__(self) -> Self:
@@ -69,25 +72,26 @@ class StopRequest:
         reader, writer = socket.socketpair()
         writer.setblocking(False)  # as `set_wakeup_fd` demands
         reader.settimeout(POLL)
-        thread = threading.Thread(target=self._watch, args=(reader, os.getppid()), name="stop request", daemon=True)
+        thread = threading.Thread(target=self._watch, args=(reader,), name="stop request", daemon=True)
         thread.start()
         leave = self._leave.callback  # in the reverse order
         leave(reader.close)
         leave(thread.join)
         leave(writer.close)
         leave(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False))
-        for number in SIGNALS:
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        for number in SIGNALS[:-1] if nohup else SIGNALS:
             # None is a handler that was not installed from Python, and that Python cannot put back.
             leave(signal.signal, number, signal.signal(number, _left_to_the_thread) or signal.SIG_DFL)
         self._listening = True
         _after_fork(weakref.ref(self))
 
-    def _watch(self, reader: socket.socket, parent: int) -> None:
+    def _watch(self, reader: socket.socket) -> None:
         while True:
             try:
                 numbers = reader.recv(64)
             except TimeoutError:
-                if self._launched and os.getppid() != parent:
+                if self._launched and os.getppid() != self._parent:
                     self._note(LAUNCHER_HAS_ENDED)
                 continue
             if not numbers:  # the other end was closed
@@ -110,8 +114,7 @@ class StopRequest:
             self._leave.pop_all()  # uncalled: the thread is not here, and the sockets are the parent's
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            for number in (signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_IGN)
+            _ignore(NOT_FOR_HELPERS)
 
 
 def as_helper(worker: int = 0) -> None:
@@ -120,13 +123,22 @@ def as_helper(worker: int = 0) -> None:
     For the `worker_init_fn` of torch's DataLoader. A launcher sends its signals to the whole process group; a worker
     that ends by one takes the rank along, which was about to finish its step. Only the parent's SIGTERM counts.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    _ignore(NOT_FOR_HELPERS)
     # Blocked, so that the thread can ask who sent it: handlers in Python are not told.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = multiprocessing.parent_process()  # not the server that has forked this process in its name
     pid = os.getppid() if parent is None else parent.pid
     threading.Thread(target=_end_for_parent, args=(pid,), name="as helper", daemon=True).start()
+
+
+def ignore_all() -> None:
+    """Hear no more wishes: this process is about to end, and its exit code says more than a signal would."""
+    _ignore(SIGNALS)
+
+
+def _ignore(numbers: Sequence[signal.Signals]) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_for_parent(parent: int | None) -> None:

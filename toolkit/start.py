@@ -6,7 +6,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, TextIO, TypeVar, cast
 
 import transformers
 
@@ -17,6 +18,7 @@ from toolkit.report import Console
 from toolkit.requirements import check_versions
 from toolkit.runs import Finished
 from toolkit.session import Interrupted
+from toolkit.signals import ignore_all
 
 INTERRUPTED_EXIT_CODE = 130
 CLOSED_PIPE_EXIT_CODE = 141
@@ -53,7 +55,8 @@ def _run(main: Callable[[Settings], object], config_class: type[Settings], descr
         check_versions()
         config = parse(config_class, description=description, quiet=not is_main_rank())
         debug = config.run.debug
-        main(config)
+        with redirect_stdout(_lasting(sys.stdout)), redirect_stderr(_lasting(sys.stderr)):
+            main(config)
     except Finished as finished:
         Console(quiet=not is_main_rank()).note(
             f"{finished.path} is finished: there is nothing to do. Its report: {finished.path / 'report.html'}\n"
@@ -61,11 +64,12 @@ def _run(main: Callable[[Settings], object], config_class: type[Settings], descr
             "--checkpoint.allow_change train.steps."
         )
     except Interrupted:
+        ignore_all()  # a launcher that misses one rank sends the others a signal
         raise SystemExit(RESUMABLE_EXIT_CODE) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
     except BrokenPipeError:
-        # The reader of our output has left (`--help | head`); Python would complain once more when it flushes.
+        # The reader of `--help | head` has left; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(CLOSED_PIPE_EXIT_CODE) from None
     except ToolkitError as error:
@@ -73,6 +77,39 @@ def _run(main: Callable[[Settings], object], config_class: type[Settings], descr
             raise
         show(error)
         raise SystemExit(USER_ERROR_EXIT_CODE) from None
+
+
+class _Lasting:
+    """An output that falls silent when its reader has left.
+
+    Ctrl-C ends a `tee` before the run that writes to it has saved, and a terminal may be closed.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._fall_silent()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def _lasting(stream: TextIO) -> TextIO:
+    return cast(TextIO, _Lasting(stream))
 
 
 def show(error: ToolkitError) -> None:

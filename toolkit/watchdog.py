@@ -84,7 +84,7 @@ class Watchdog:
             would end it.
         minimum, factor: a phase may take `factor` times the 99th percentile of its durations, and always `minimum`
             seconds.
-        patience: seconds for a phase with little history, and for saving.
+        patience: seconds for a phase with little history, and for saving; `minimum`, where that is more.
         interval: seconds between two looks of the thread.
     """
 
@@ -101,7 +101,8 @@ class Watchdog:
         interval: float = 1.0,
     ) -> None:
         self.rank, self.size, self.attempt = rank, size, attempt
-        self.minimum, self.factor, self.patience, self.interval = minimum, factor, patience, interval
+        self.minimum, self.factor, self.interval = minimum, factor, interval
+        self.patience = max(minimum, patience)
         self.grace = max(3 * interval, 3.0)
         self._heartbeats, self._hangs = folder / "watchdog", folder / "hangs"
         self._stacks = f"rank_{rank:05}.txt"
@@ -114,7 +115,7 @@ class Watchdog:
         # The watchdog's thread alone. `_seen` is the beat since which it has been waiting.
         self._durations: dict[str, deque[float]] = {}
         self._seen = self._beat
-        self._waited, self._limit = 0.0, patience
+        self._waited, self._limit = 0.0, self.patience
         self._next_look, self._look = 0.0, dict[int, Heartbeat]()
         self._tick, self._last_tick = 0, 0.0
         self._complained = False

@@ -10,13 +10,21 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from tests.parity.state import joined
 from tests.ranks import free_port
 from tests.recipes.launching import recipe
+from toolkit.checkpoint.account import account
+from toolkit.checkpoint.attempts import Attempts
+from toolkit.checkpoint.manifest import read_manifest
+from toolkit.checkpoint.store import Store
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+SAME_IN_REPORTS = ("status", "steps", "evaluations", "before", "test", "bad_rows", "left_out", "skipped_steps")
 
 Main = Callable[[Any], None]
 
@@ -131,3 +139,52 @@ def figures(run: Path) -> list[dict[str, Any]]:
     """All that stands in metrics.jsonl but what a clock has measured."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in line if key not in ("seconds", "samples_per_second")} for line in lines]
+
+
+def report(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "report.json").read_text())
+    return found
+
+
+def differences(run: Path, reference: Path) -> list[str]:
+    """What tells a run that went on from one that was never interrupted; and what is wrong with its account."""
+    found = [
+        f"step {ours.get('step')}: {ours}, not {theirs}"
+        for ours, theirs in zip_longest(figures(run), figures(reference), fillvalue={})
+        if ours != theirs
+    ]
+    ours, theirs = report(run), report(reference)
+    found += [f"{key}: {ours[key]}, not {theirs[key]}" for key in SAME_IN_REPORTS if ours[key] != theirs[key]]
+    (step, ours_saved), (_, theirs_saved) = Store(run).committed()[0], Store(reference).committed()[0]
+    if step != theirs["steps"]:
+        found.append(f"the newest checkpoint is of step {step}")
+    tensors = joined(ours_saved), joined(theirs_saved)
+    found += [name for name in tensors[0] | tensors[1] if not _same_bits(*(t.get(name) for t in tensors))]
+    if read_manifest(ours_saved)["scaler"] != read_manifest(theirs_saved)["scaler"]:
+        found.append("the loss scale")
+    models = [
+        {path.name: path.read_bytes() for path in sorted((folder / "model").iterdir())} for folder in (run, reference)
+    ]
+    found += [f"model/{name}" for name in models[0] | models[1] if models[0].get(name) != models[1].get(name)]
+    return found + _gaps(run)
+
+
+def _gaps(run: Path) -> list[str]:
+    """What is not continuous over the attempts, or does not add up."""
+    found = []
+    accounted, attempts = account(run), Attempts(run).read()
+    if not accounted.sound or accounted.in_flight or accounted.steps != report(run)["steps"]:
+        found.append(f"the account: {accounted}")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    if seconds != sorted(seconds) or report(run)["seconds"] < seconds[-1]:
+        found.append(f"seconds: {seconds}, {report(run)['seconds']} in the end")
+    if report(run)["attempts"] != len(attempts):
+        found.append(f"{report(run)['attempts']} attempts in the report, {len(attempts)} were begun")
+    if left := Store(run).unfinished():
+        found.append(f"left over: {left}")
+    return found
+
+
+def _same_bits(ours: Any, theirs: Any) -> bool:
+    return ours is not None and theirs is not None and ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()

@@ -33,8 +33,9 @@ class Trap:
     """Where a rank gets a signal, and which.
 
     Attributes:
-        place: `step` (in the last micro-batch of step `number`), `logged` (right after it), `baseline`, `validation`
-            or `test` (in its batch `number` of this process), `model` (while the model is saved), `never`.
+        place: `setup` (the folder is there, the run is not), `step` (in the last micro-batch of step `number`),
+            `logged` (right after it), `baseline`, `validation` or `test` (in its batch `number` of this process),
+            `model` (while the model is saved), `never`.
         number: of the step or batch.
         rank: the one that is hit; all by default.
         signal: its number, or `BREAK`.
@@ -110,7 +111,19 @@ class TrappedTokenizer:
         self.tokenizer.save_pretrained(target)
 
 
-def main(config: Config, trap: Trap = Trap(), poison: Poison = Poison()) -> None:  # noqa: B008
+class TrappedPlan(dict[str, Any]):
+    """The recipe's part of the plan, which is asked for when the run has its folder, and before it is described."""
+
+    def __init__(self, trap: Trap, **sections: Any) -> None:
+        super().__init__(sections)
+        self.trap = trap
+
+    def items(self) -> Any:
+        self.trap.pass_by("setup", 1, 0)
+        return super().items()
+
+
+def main(config: Config, trap: Trap = Trap(), poison: Poison = Poison()) -> None:
     """The whole run."""
     with Session("bert_cls", config) as session:
         tokenizer = load_tokenizer(config.model)
@@ -122,7 +135,7 @@ def main(config: Config, trap: Trap = Trap(), poison: Poison = Poison()) -> None
 
         options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows}
         train, validation, test = session.loaders(task, data.train, data.validation, data.test, **options)
-        plan = {"model": {"name": config.model.name}, "data": plan_rows(data, config.data.max_length)}
+        plan = TrappedPlan(trap, model={"name": config.model.name}, data=plan_rows(data, config.data.max_length))
         saved = TrappedTokenizer(tokenizer, trap)
         session.setup(model, tokenizer=saved, data_fingerprint=data.fingerprint, plan=plan)
         session.describe(labels=data.labels, data=report_facts(data, config.data.max_length))

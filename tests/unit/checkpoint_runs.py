@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from toolkit.checkpoint.export import write_base
 from toolkit.checkpoint.saver import Saver
 from toolkit.checkpoint.store import Store
 from toolkit.checkpoint.tensors import read_tensors
@@ -73,10 +74,8 @@ def write_run(
     """Train on this rank and save after each step of `steps`; the weights at the end, as the strategy gathers them."""
     w, strategy = _begin(strategy_name, kind)
     if w.main:
-        model = MODELS[kind]()
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(run / "base")
-        tokenizer().save_pretrained(run / "base")
+        run.mkdir(parents=True, exist_ok=True)
+        write_base(MODELS[kind](), tokenizer(), run / "base")
         (run / "config.yaml").write_text("data:\n  max_length: 16\n", encoding="utf-8")
     saver = Saver(Store(run), strategy, w, attempt=1, keep=10, keep_best=True, asynchronous=False)
     for step in steps:

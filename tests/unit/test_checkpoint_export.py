@@ -46,6 +46,7 @@ from toolkit.checkpoint.export import (
     probe_batch,
     prove,
     state_digest,
+    write_base,
     write_model,
 )
 from toolkit.checkpoint.manifest import read_manifest, write_manifest
@@ -228,6 +229,25 @@ def test_copies_of_tied_weights_are_written_once(tmp_path: Path) -> None:
     (written,) = map(load_file, files_of(tmp_path / "model"))
     assert written.keys() == dict(model.named_parameters()).keys()
     prove(tmp_path / "model", model, probe_batch(model.config))
+
+
+def test_the_copies_of_an_engine_do_not_set_the_type(tmp_path: Path) -> None:
+    """Under ZeRO with bf16 the model's own parameters are rounded; the weights that are written are not."""
+    model = classifier()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    write_model(model.bfloat16(), weights, tokenizer(), tmp_path / "model", "5GB")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert again.dtype == torch.float32
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
+
+
+def test_what_a_run_begins_with(tmp_path: Path) -> None:
+    model = classifier()
+    write_base(model, tokenizer(), tmp_path / "base")
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["architectures"] == [type(model).__name__]
+    built = build_model(tmp_path / "base", model.state_dict())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in built.state_dict().items())
+    assert load_tokenizer(tmp_path / "base")(CHINESE) == tokenizer()(CHINESE)
 
 
 def test_the_tokenizer_comes_through(exported: tuple[Path, Any]) -> None:

@@ -97,9 +97,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["pedict", "run"], "there is no command 'pedict'. Did you mean 'predict'? → Commands: predict,"),
+        (["pedict", "run"], "there is no command 'pedict'. Did you mean 'predict'? → Commands: checkpoint, predict,"),
         (["checkpoint", "lss", "run"], "there is no command 'lss'. Did you mean 'ls'? → Commands: ls,"),
-        (["checkpoint", "--jsn"], "unrecognized arguments: --jsn → See `toolkit checkpoint --help`"),
+        (["checkpoint", "--jsn"], "unrecognized arguments: --jsn. → See `toolkit checkpoint --help`"),
         (["--verson"], "unrecognized arguments: --verson. Did you mean '--version'?"),
         (["predict"], "the following arguments are required: RUN. → See `toolkit predict --help`."),
         (["report"], "the following arguments are required: RUN. → See `toolkit report --help`."),

@@ -32,6 +32,8 @@ CHUNK = 1 << 20
 """Samples that are looked up at once."""
 LAST = 1 << 31
 """Steps are kept in 32 bits."""
+LOOKS = 20
+"""Looks at the sizes of the files, until two are alike."""
 
 Integers = npt.NDArray[np.int64]
 
@@ -106,18 +108,31 @@ def account(run: Path) -> Account:
     attempts = Attempts(run).read()
     if not attempts:
         raise CheckpointError(f"{run} has no attempts.jsonl", "Name the folder of a run that has been started.")
-    # All sizes at one moment: ranks that go on while they are read would seem to be many steps apart.
-    files = [{rank: (path, path.stat().st_size) for rank, path in ledgers(run, a.number).items()} for a in attempts]
+    files = _files(run, attempts)
     tally = _Tally(_Plan(run), Account())
     ends: dict[int, int] = {}
     for index, attempt in enumerate(attempts):
         undone_after = min((later.from_step for later in attempts[index + 1 :]), default=None)
-        ends = {rank: tally.enter(path, size, undone_after) for rank, (path, size) in files[index].items()}
+        ends = {rank: tally.enter(path, size, undone_after) for rank, path, size in files[index]}
         to_step, ranks = max([attempt.from_step, *ends.values()]), _ranks(attempt)
         part = Part(attempt.number, attempt.from_step, to_step, attempt.status, ranks, len(ends))
         tally.account.parts.append(part)
     tally.judge(*_end(attempts[-1], ends))
     return tally.account
+
+
+def _files(run: Path, attempts: Sequence[Attempt]) -> list[list[tuple[int, Path, int]]]:
+    """Of each attempt: the rank, path and size of its ledgers, all at one moment.
+
+    The ranks may go on: those that are read last would seem to be many steps ahead.
+    """
+    found: list[list[tuple[int, Path, int]]] = []
+    for _ in range(LOOKS):
+        before = found
+        found = [[(rank, path, path.stat().st_size) for rank, path in ledgers(run, a.number).items()] for a in attempts]
+        if found == before:
+            break
+    return found
 
 
 def _end(attempt: Attempt, ends: dict[int, int]) -> tuple[int, int]:

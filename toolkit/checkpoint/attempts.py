@@ -86,13 +86,12 @@ class Attempts:
         Rewound attempts are no crashes: the process went on.
         """
         starts = [attempt for attempt in reversed(self._entered()) if attempt.status != REWOUND]
-        crashed = map(self._with_reached, takewhile(lambda attempt: attempt.status in CRASHES, starts))
-        count, highest, error = 0, 0, ""
+        crashed = list(map(self._with_reached, takewhile(lambda attempt: attempt.status in CRASHES, starts)))
+        count, highest = 0, 0
         for index, attempt in enumerate(crashed, 1):
-            error = error or attempt.error
             if attempt.reached >= highest:
                 count, highest = index, attempt.reached
-        return count, highest, error
+        return count, highest, next((attempt.error for attempt in crashed[:count] if attempt.error), "")
 
     def _entered(self) -> list[Attempt]:
         """All attempts as the file has them: `reached` is yet to be read from the ledgers."""

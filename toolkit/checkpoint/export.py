@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import shutil
@@ -31,6 +32,7 @@ __all__ = [
     "probe_batch",
     "prove",
     "state_digest",
+    "write_base",
     "write_model",
 ]
 
@@ -61,6 +63,19 @@ class Proof:
     weight_difference: float
     logit_difference: float
     bound: float
+
+
+def write_base(model: PreTrainedModel, tokenizer: Any, base: Path) -> None:
+    """Write what `build_model` and `load_tokenizer` read beside the weights of a checkpoint.
+
+    Args:
+        model: plain, in fp32, as the run begins with it.
+        tokenizer: saved beside the configuration.
+        base: written to by this process alone.
+    """
+    with written_aside(base) as aside, _quiet():
+        _write_config(model, aside, torch.float32)
+        tokenizer.save_pretrained(aside)
 
 
 def write_model(
@@ -219,7 +234,16 @@ def _write(
     }
     kept = {name: tensor for name, tensor in weights.items() if name not in tied}
     model.save_pretrained(folder, state_dict=kept, max_shard_size=max_shard_size)
+    # Once more: transformers has noted the type of the engine's copies, in which it would load these weights.
+    _write_config(model, folder, next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
     tokenizer.save_pretrained(folder)
+
+
+def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.dtype = dtype
+    config.save_pretrained(folder)
 
 
 def _check_files(target: Path) -> tuple[int, int]:

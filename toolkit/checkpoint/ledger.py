@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from toolkit.checkpoint.attempts import ledger_folder
 from toolkit.checkpoint.lines import writing
 from toolkit.checkpoint.manifest import sync_folder, write_file
+from toolkit.errors import CheckpointError
 
 PLAN = "plan.json"
 IDS = "ids.safetensors"
@@ -35,6 +36,8 @@ class Ledger:
         self.path = ledger_folder(run, attempt) / f"rank_{rank:05d}.jsonl"
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                raise CheckpointError(f"{self.path} is there already", "Another process writes to this run: stop one.")
             self._file = self.path.open("xb", buffering=0)
 
     def write(

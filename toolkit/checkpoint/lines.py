@@ -89,7 +89,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error})", "Name the folder of a run, and see that you may read it."
+            f"{path}: cannot be read ({error.strerror or error})",
+            "Name the folder of a run, and see that you may read it.",
         ) from error
 
 
@@ -98,8 +99,6 @@ def writing(path: Path) -> Iterator[None]:
     """Name the file where it cannot be written."""
     try:
         yield
-    except FileExistsError as error:
-        raise CheckpointError(f"{path} is there already", "Another process writes to this run: stop one.") from error
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror})", "Free the disk, or choose another folder for the run."

@@ -184,8 +184,6 @@ def size_of(path: Path) -> int:
 
 
 def _verdict(path: Path, deep: bool, advance: Advance) -> Verdict:
-    if path.is_symlink():
-        return Verdict("corrupt", "a symbolic link")
     try:
         manifest = read_manifest(path)
     except Damaged as error:

@@ -150,12 +150,16 @@ def write_file(path: Path, *parts: bytes | memoryview) -> tuple[int, str]:
     Hashing and writing let go of the interpreter's lock and go on side by side.
     """
     digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
-        for part in parts:
-            beside.submit(digest.update, part)
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+            for part in parts:
+                beside.submit(digest.update, part)
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which
+        raise
     return sum(map(len, parts)), digest.hexdigest()
 
 

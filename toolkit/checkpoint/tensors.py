@@ -70,7 +70,13 @@ def write_tensors(
     writer = _Writer(folder, shards)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     state = {name: _Entry(shard) for name, shard in shards.items()}
-    save(state, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+    if group is None:  # of which `save` would warn
+        planner.set_up_planner(state, is_coordinator=True)
+        plan = writer.prepare_local_plan(planner.create_local_plan())
+        (plan,) = writer.prepare_global_plan(planner.create_global_plan([plan])[0])
+        writer.write_data(plan, planner)
+    else:
+        save(state, storage_writer=writer, planner=planner, process_group=group)
     return writer.written
 
 
