@@ -94,7 +94,7 @@ def recover(job: Job, fault: Fault, moment: float, before: set[psutil.Process], 
             look = now + LOOK
             if (ranks := set(job.ranks().values())) and not ranks & seen:
                 fault.launched, fault.begun, seen = now, None, ranks
-        time.sleep(0.01)
+        time.sleep(0.02)
     fault.starts = len(job.starts) - starts
     if fault.seconds is None:
         fault.error = f"no optimizer step in {patience:.0f} s:\n{job.last_words()}"

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -147,8 +148,10 @@ class Job:
             time.sleep(0.02)
 
     def last_words(self, lines: int = 15) -> str:
-        """The end of what the processes have printed."""
-        return "\n".join(self.output.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        """The end of what the processes have printed; lines that differ in numbers alone are one."""
+        text = self.output.read_text(encoding="utf-8", errors="replace")
+        groups = itertools.groupby(text.splitlines(), lambda line: re.sub(r"\d+", "", line))
+        return "\n".join([list(group)[-1] for _, group in groups][-lines:])
 
     def _bury(self) -> None:
         own = self._launcher.pid if self._launcher else 0

@@ -158,7 +158,8 @@ def prepare(folder: Path, *, samples: int, dropout: float) -> tuple[Job, set[int
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     ).save_pretrained(model)
-    load_classifier(ModelConfig(name=str(model), init="random"), data.labels, seed=0).save_pretrained(model)
+    classifier: Any = load_classifier(ModelConfig(name=str(model), init="random"), data.labels, seed=0)
+    classifier.save_pretrained(model)
     data.train.remove_columns("length").rename_column("label", "labels").save_to_disk(rows)
     counts = {"train": samples, "validation": HELD_OUT, "test": HELD_OUT}
     job = Job(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -53,8 +54,9 @@ class Progress:
     def note_evaluation(self, figures: Mapping[str, Any]) -> None:
         """Enter an evaluation after the current step."""
         self.evaluations.append({"step": self.step, **figures})
-        if self.best_loss is None or figures["loss"] < self.best_loss:
-            self.best_loss, self.best_step, self.stale = figures["loss"], self.step, 0
+        loss = figures["loss"]
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss, self.best_step, self.stale = loss, self.step, 0
         else:
             self.stale += 1
 

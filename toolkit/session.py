@@ -252,6 +252,7 @@ class Session:
                 yield from self._steps_until_a_fault(loader, validation)
         if self._recovery.saved != self._progress.step:
             self._save()
+        self._watchdog.beat("saving", self._progress.step)  # which may take its time, as reading may
         if self.config.checkpoint.keep_best and (best := self._recovery.load_best()):
             self.console.note(f"the weights of step {best.step}, with the lowest validation loss, are in force")
 
@@ -336,13 +337,11 @@ class Session:
         """Leave a partial report where something ended the run, and part from the other ranks where all agree."""
         with self._cleanup:  # to the end of it: the signal that is being answered may come twice
             self.console.close()
-            if self._ready:
+            if self._ready:  # else the report in the folder is of those who were before
                 self._watchdog.stop()
-            self._leave(error)
+                self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
-        if not self._ready:  # the report in the folder is of those who were before
-            return
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         status = "finished" if error is None else "interrupted" if stopped else "failed"
         if error is not None and self.world.main and "test" not in self._report:
@@ -440,6 +439,7 @@ class Session:
         """Save what is not saved yet, and stop on all ranks."""
         reason, step = self._stop.reason or "a signal to another rank", self._progress.step
         self.console.warn(f"{reason}: stopping after step {step} of {self.total_steps}")
+        self._watchdog.beat("saving", step)
         if step and self._recovery.saved != step:
             self._save()
         self._recovery.wait()
@@ -493,6 +493,7 @@ class Session:
     def _rewind(self, step: Step, loader: Loader) -> None:
         """Back to the newest good checkpoint; the samples of the step, or of all since then, are left out."""
         fault, self._fault, before = self._fault, "", self._progress
+        self._watchdog.beat("saving", step.number)
         self._recovery.wait()
         self.strategy.discard()
         checkpoint = self._recovery.resume()
@@ -565,7 +566,7 @@ class Session:
         self.folder.write_manifest(manifest(self.strategy, self.schedule, self.config, data_fingerprint))
 
     def _close_report(self, status: str, error: str = "") -> None:
-        self._report |= {"status": status, "attempts": self._recovery.attempt if self._ready else 0}
+        self._report |= {"status": status, "attempts": self._recovery.attempt}
         self._report |= self._progress.report(self._seconds)
         if error:
             self._report["error"] = error

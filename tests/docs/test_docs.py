@@ -195,6 +195,10 @@ def test_the_options_of_a_recipe_parse(command: Command, monkeypatch: pytest.Mon
     monkeypatch.chdir(ROOT)
     place = next(i for i, word in enumerate(command.words) if re.fullmatch(r"recipes/\w+\.py", word))
     launcher, recipe, options = command.words[:place], command.words[place], list(command.words[place + 1 :])
+    if launcher[0] == "timeout":
+        launcher = launcher[launcher.index("accelerate") :]
+    if launcher[:4] == ("python", "-m", "launch", "run"):
+        launcher = ("accelerate", "launch", *launcher[launcher.index("--") + 1 :])
     if launcher[:2] == ("accelerate", "launch"):
         asked = launch_command_parser().parse_args([*launcher[2:], recipe])
         assert asked.config_file is None or exists(asked.config_file, command.block.page)

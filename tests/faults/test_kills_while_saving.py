@@ -132,13 +132,16 @@ def left_behind(store: Store) -> list[str]:
 def kill_once(run: Path, attempt: int, moment: Any, chance: random.Random) -> tuple[list[str], float]:
     """One start, one kill of one rank or all; what it hit, and the seconds after which all had ended."""
     store = Store(run)
-    before = len(resumed(run / "digests_0.txt"))
+    before = max(len(resumed(run / f"digests_{rank}.txt")) for rank in (0, 1))
     crew = Crew(train_until_killed, 2, str(run), attempt)
     condition = moment(Moments(store, chance))
     if moment is not Moments.any_time:
         until(lambda: len(resumed(run / "digests_0.txt")) > before, crew)
     until(condition, crew)
-    victims = chance.choice([(), (), (0,), (1,)])
+    print("K", moment.__name__, attempt, flush=True)
+    together = all(len(resumed(run / f"digests_{rank}.txt")) > before for rank in (0, 1))
+    # One that has not met the others yet is waited for; whoever starts the ranks ends them then.
+    victims = chance.choice([(), (0,), (1,)]) if together else ()
     crew.kill(*victims)
     killed = time.monotonic()
     outcomes = crew.outcomes(FASTER_THAN)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import re
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.faults.jobs import Ended, Job, differences, figures, finish, report
 from tests.faults.trapped import BREAK, Trap, main
@@ -81,6 +83,11 @@ def contents(folder: Path) -> dict[str, tuple[int, str]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
+
+
+def said(text: str) -> str:
+    """Without the frame and the line breaks of a screen."""
+    return re.sub(r"[\s│]+", " ", text)
 
 
 def check_bits(
@@ -161,19 +168,19 @@ def test_stopped_with_an_evaluation_pending(
 
 def test_best_weights_and_early_stopping_survive(job: list[str], reference: Reference, tmp_path: Path) -> None:
     options = [
-        *(*job, "--strategy.name", "single", "--optim.lr", "0.02", "--train.steps", "40"),
-        *("--run.eval_every", "2", "--run.early_stopping", "4", "--checkpoint.keep_best", "True"),
+        *(*job, "--strategy.name", "single", "--optim.lr", "5e-3", "--train.steps", "40"),
+        *("--run.eval_every", "3", "--run.early_stopping", "2", "--checkpoint.keep_best", "True"),
         *("--checkpoint.every", "2", "--checkpoint.keep", "1"),
     ]
     whole = reference(options)
     losses = [evaluation["loss"] for evaluation in report(whole)["evaluations"]]
-    best = 2 * losses.index(min(losses)) + 2
-    assert 2 < best < report(whole)["steps"] < 40, "the best is in the middle, and it stops early"
+    best = 3 * losses.index(min(losses)) + 3
+    assert 3 < best < report(whole)["steps"] < 40, "the best is in the middle, and it stops early"
     run = tmp_path / "run"
     for trap in (
         Trap("step", best, signal=TERM),  # the evaluation that finds the best is made by the next attempt
-        Trap("step", best + 1),
-        Trap("validation", 2),
+        Trap("step", best + 2),
+        Trap("validation", 1),
         Trap("step", report(whole)["steps"]),
         Trap("test", 1),  # with the best weights in force
     ):
@@ -200,26 +207,26 @@ def test_a_run_that_was_finished_trains_on_after_a_kill(job: list[str], referenc
     finish(short, run)
     refused = Job(steady, run).wait()
     assert refused.codes == [2]
-    assert "train.steps: 10 there, 16 now" in refused.text
-    assert "--checkpoint.allow_change train.steps" in refused.text
+    assert "train.steps: 10 there, 16 now" in said(refused.text)
+    assert "--checkpoint.allow_change train.steps" in said(refused.text)
     spring(Trap("step", 12), [*steady, *on], run)
     finish([*steady, *on], run)
     assert differences(run, reference(steady)) == []
     less = Job([*short, *on], run).wait()
     assert less.codes == [2]
-    assert "has taken 16 steps" in less.text
+    assert "has taken 16 steps" in said(less.text)
 
 
 def test_other_settings_are_refused_key_by_key(job: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     spring(Trap("step", 5), job, run)
     before = contents(run)
-    other = [*job, "--optim.lr", "1e-4", "--train.global_batch", "6", "--run.seed", "1"]
+    other = [*job, "--optim.lr", "1e-4", "--train.global_batch", "24", "--run.seed", "1"]
     for ranks in (1, 2):
         ended = Job(other, run, ranks).wait()
         assert ended.codes == [2] * ranks
-        for key in ("optim.lr: 0.001 there, 0.0001 now", "train.global_batch: 12 there, 6", "run.seed: 0 there, 1"):
-            assert key in ended.text
+        for key in ("optim.lr: 0.001 there, 0.0001 now", "train.global_batch: 12 there, 24", "run.seed: 0 there, 1"):
+            assert key in said(ended.text)
     assert contents(run) == before
 
 
@@ -232,7 +239,7 @@ def test_other_data_are_refused(job: list[str], reference: Reference, texts_csv:
     data.write_text(texts_csv.read_text().replace("team", "side", 1))
     ended = Job(options, run).wait()
     assert ended.codes == [2]
-    assert "the data are no longer those" in ended.text
+    assert "the data are no longer those" in said(ended.text)
     assert contents(run) == before
     data.write_text(texts_csv.read_text())
     finish(options, run)
@@ -252,8 +259,8 @@ def test_the_same_crash_again_and_again_is_refused(
     before = contents(run)
     refused = Job(options, run).wait()
     assert refused.codes == [2]
-    assert "has crashed 3 times in a row after step 4" in refused.text.replace("\n", " ")
-    assert reason in refused.text
+    assert "has crashed 3 times in a row after step 4" in said(refused.text)
+    assert reason in said(refused.text)
     assert contents(run) == before
     finish([*options, "--checkpoint.crash_limit", "4"], run)
     assert account(run).sound
@@ -272,14 +279,23 @@ def test_runs_without_a_name(job: list[str], tmp_path: Path) -> None:
         assert account(runs / name).sound
     code, text = on_ranks(recipe, 1, job, str(tmp_path))[0]
     assert code == 0
-    assert "runs/bert_cls/001 is finished" in text
+    assert "runs/bert_cls/001 is finished" in said(text)
     assert sorted(path.name for path in runs.iterdir()) == ["001", "002"]
     assert figures(runs / "001") != figures(runs / "002")
 
 
-def test_the_curve_of_a_tracker_has_each_step_once(job: list[str], reference: Reference, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "traps",
+    [
+        pytest.param([Trap("step", 6), Trap("step", 12)], id="after a checkpoint"),
+        pytest.param([Trap("step", 2)], id="before the first"),
+    ],
+)
+def test_the_curve_of_a_tracker_has_each_step_once(
+    traps: list[Trap], job: list[str], reference: Reference, tmp_path: Path
+) -> None:
     options = [*job, "--strategy.name", "single", "--run.trackers", "tensorboard"]
-    run = check_bits(options, reference, tmp_path, [Trap("step", 2), Trap("step", 6), Trap("step", 12)], 1)
+    run = check_bits(options, reference, tmp_path, traps, 1)
     assert curves(run) == curves(reference(options))
 
 
@@ -290,3 +306,17 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     (folder,) = (run / "tensorboard").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_two_that_begin_one_run_at_once(job: list[str], tmp_path: Path) -> None:
+    """The one that had to wait for the lock does not begin it once more."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with FileLock(run / ".lock"):
+        late = Job(job, run)
+        time.sleep(2)  # it has seen an empty folder, and waits
+        (run / "config.yaml").write_text("")
+    ended = late.wait()
+    assert ended.codes == [2]
+    assert "another process has begun a run" in said(ended.text)
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml"]
