@@ -46,9 +46,16 @@ def digests(journal: Path) -> list[tuple[int, str]]:
     return [(int(step), digest) for step, digest in (line.split() for line in lines) if step != "resumed"]
 
 
-def resumed(journal: Path) -> list[int]:
+def resumed(run: Path, rank: int) -> list[int]:
+    """The steps from which the starts went on, as far as they came."""
+    journal = run / f"digests_{rank}.txt"
     lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
     return [int(line.split()[1]) for line in lines if line.startswith("resumed")]
+
+
+def starts(run: Path) -> list[int]:
+    """Starts that went on, by rank."""
+    return [len(resumed(run, rank)) for rank in (0, 1)]
 
 
 class Moments:
@@ -132,14 +139,13 @@ def left_behind(store: Store) -> list[str]:
 def kill_once(run: Path, attempt: int, moment: Any, chance: random.Random) -> tuple[list[str], float]:
     """One start, one kill of one rank or all; what it hit, and the seconds after which all had ended."""
     store = Store(run)
-    before = max(len(resumed(run / f"digests_{rank}.txt")) for rank in (0, 1))
+    before = starts(run)
     crew = Crew(train_until_killed, 2, str(run), attempt)
     condition = moment(Moments(store, chance))
     if moment is not Moments.any_time:
-        until(lambda: len(resumed(run / "digests_0.txt")) > before, crew)
+        until(lambda: starts(run)[0] > before[0], crew)
     until(condition, crew)
-    print("K", moment.__name__, attempt, flush=True)
-    together = all(len(resumed(run / f"digests_{rank}.txt")) > before for rank in (0, 1))
+    together = all(now > then for now, then in zip(starts(run), before, strict=True))
     # One that has not met the others yet is waited for; whoever starts the ranks ends them then.
     victims = chance.choice([(), (0,), (1,)]) if together else ()
     crew.kill(*victims)
@@ -161,32 +167,28 @@ def test_every_kill_is_survived(tmp_path: Path, kills: int) -> None:
     run = tmp_path / "run"
     run.mkdir()
     chance = random.Random(11)
-    hits, slowest, worst, ready = Counter[str](), 0.0, 0, 0
-    in_flight = 0
+    hits, slowest, worst, in_flight = Counter[str](), 0.0, 0, 0
     for number in range(kills):
         hit, took = kill_once(run, number + 1, MOMENTS[number % len(MOMENTS)], chance)
         hits.update(hit)
         in_flight += bool(hit)
         slowest = max(slowest, took)
-        # What the next start will find: looked at with other eyes before it is started.
+        committed = Store(run).committed()
+        assert all(inspect(folder).state == "good" for _, folder in committed), "a kill damages nothing committed"
+        assert len(committed) <= KEEP + 1
         trained = max((step for step, _ in digests(run / "digests_0.txt")), default=0)
-        good = [step for step, folder in Store(run).committed() if inspect(folder).state == "good"]
-        assert [step for step, _ in Store(run).committed()] == good, "nothing that is committed is damaged by a kill"
-        assert len(good) <= KEEP + 1
-        worst = max(worst, trained - max(good, default=0))
-        # A kill while it starts leaves no note; any other start has noted from where it goes on.
-        ready += 1
+        worst = max(worst, trained - (committed[0][0] if committed else 0))
+    before, newest = starts(run)[0], committed[0][0]
     last = Crew(train_until_killed, 2, str(run), kills + 1)
-    starts = len(resumed(run / "digests_0.txt"))
-    newest = Store(run).committed()[0][0]
-    until(lambda: len(resumed(run / "digests_0.txt")) > starts, last)
+    until(lambda: starts(run)[0] > before, last)
     until(lambda: Store(run).committed()[0][0] > newest, last)
     last.kill()
     last.outcomes(FASTER_THAN)
-    begun = resumed(run / "digests_0.txt")
+    begun = resumed(run, 0)
     print(
-        f"\nkills: {kills}, of which {in_flight} hit a save in flight ({dict(hits)}); resumed without help: {ready}; "
-        f"steps trained: {begun[-1]}; most steps lost: {worst}; the rank that was left ended within {slowest:.1f} s"
+        f"\nkills: {kills}, of which {in_flight} hit a save in flight {dict(hits)} and {kills + 1 - len(begun)} a start; "
+        f"all other {len(begun)} starts went on by themselves, the last from step {begun[-1]}; most steps lost: {worst}; "
+        f"the rank that was left ended within {slowest:.1f} s"
     )
     assert begun == sorted(begun), "no start fell back behind the one before it"
     assert begun[-1] == newest
