@@ -100,13 +100,18 @@ class Recovery:
             self.saved = found.step
         return found
 
-    def load_best(self) -> Checkpoint | None:
-        """Fill the strategy from the checkpoint with the lowest validation loss, if it is not the newest."""
+    def load_best(self, step: int) -> Checkpoint | None:
+        """Fill the strategy from the checkpoint of this step, the best one, if it is not the newest.
+
+        Where it was not saved, because nobody asked for that then, the best of those that were takes its place.
+        """
         self.wait()
-        path, step = self._world.on_main(lambda: (self.store.best(), self.saved))
-        if path is None or path == self.store.folder / f"step_{step:08d}":
+        # By its step, and not by the losses in the manifests: a signal may have put its evaluation off.
+        path = self.store.folder / f"step_{step:08d}"
+        found = self._world.on_main(lambda: path if path.is_dir() else self.store.best())
+        if found is None or found.name == f"step_{self.saved:08d}":
             return None
-        return self._load(path)
+        return self._load(found)
 
     def begin(self, from_step: int, loader: Loader, facts: Mapping[str, Any]) -> None:
         """A new attempt goes on from that step."""
@@ -114,7 +119,7 @@ class Recovery:
 
         def begin() -> int:
             if from_step == 0:
-                write_plan(self._run, loader.seed, loader.shape.global_batch, loader.dataset["id"])
+                write_plan(self._run, loader.seed, loader.shape.global_batch, loader.dataset.with_format("numpy")["id"][:])
             return self._attempts.begin(from_step, ranks=self._world.size, **facts)
 
         self.attempt = self._world.on_main(begin)

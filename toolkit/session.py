@@ -32,7 +32,7 @@ from toolkit.pace import Pace
 from toolkit.precision import choose_precision
 from toolkit.progress import Progress
 from toolkit.recovery import Recovery
-from toolkit.report import Console, RunFolder, Trackers, versions, write_html
+from toolkit.report import Console, RunFolder, Trackers, redact, versions, write_html
 from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun, refuse_other_data
 from toolkit.signals import StopRequest
 from toolkit.strategies import choose_strategy
@@ -253,7 +253,7 @@ class Session:
         if self._recovery.saved != self._progress.step:
             self._save()
         self._watchdog.beat("saving", self._progress.step)  # which may take its time, as reading may
-        if self.config.checkpoint.keep_best and (best := self._recovery.load_best()):
+        if self.config.checkpoint.keep_best and (best := self._recovery.load_best(self._progress.best_step)):
             self.console.note(f"the weights of step {best.step}, with the lowest validation loss, are in force")
 
     def train_step(self, step: Step) -> StepResult:
@@ -344,19 +344,20 @@ class Session:
     def _leave(self, error: BaseException | None) -> None:
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         status = "finished" if error is None else "interrupted" if stopped else "failed"
-        if error is not None and self.world.main and "test" not in self._report:
-            with contextlib.suppress(ToolkitError):
-                self._close_report(status, str(error))
-                self._write_report()
-                self.console.note(f"the report so far: {self.folder.html_path}")
         agreed = error is None or isinstance(error, (Interrupted, ToolkitError))
         if agreed:
             with contextlib.suppress(ToolkitError):  # `error` is told; this one would hide it
                 self._recovery.wait()
         if self.world.main:
             with contextlib.suppress(OSError, ToolkitError):
-                self._recovery.end(status, self._progress.step, str(error or ""))
+                self._recovery.end(status, self._progress.step, redact(str(error or "")))
         self._recovery.close()
+        # Now that all is entered: it takes seconds to draw, and a launcher may lose its patience.
+        if error is not None and self.world.main and "test" not in self._report:
+            with contextlib.suppress(ToolkitError):
+                self._close_report(status, str(error))
+                self._write_report()
+                self.console.note(f"the report so far: {self.folder.html_path}")
         if agreed:
             self._trackers.close()
             self.strategy.teardown()
@@ -477,7 +478,7 @@ class Session:
         effective = self.strategy.effective()
         facts = {key: effective[key] for key in ("strategy", "precision", "device")}
         changes = {key: list(pair) for key, pair in self._run.changes.items()}
-        self._recovery.begin(self._progress.step, loader, facts | {"changes": changes})
+        self._recovery.begin(self._progress.step, loader, facts | {"changes": redact(changes)})
 
     def _note_fault(self, fault: str) -> None:
         train = self.config.train

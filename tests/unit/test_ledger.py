@@ -192,16 +192,17 @@ def test_killed_by_signal_nine_and_resumed_by_another_number_of_ranks(run: Path)
     number = attempts.begin(0, ranks=2)
     with ExitStack() as stack:
         ranks = [stack.enter_context(start_rank(run, number, rank, 2, 1, 1_000_000)) for rank in range(2)]
-        heard = [[process.stdout.readline() for _ in range(40)][-1] for process in ranks if process.stdout]  # type: ignore[union-attr]
-        assert heard == ["40\n", "40\n"]
+        outputs = [process.stdout for process in ranks if process.stdout]
+        for output in outputs:
+            assert [output.readline() for _ in range(40)][-1] == "40\n"
         for process in ranks:
             process.kill()
-        told = [max(map(int, process.communicate()[0].split())) for process in ranks]
-        assert [process.returncode for process in ranks] == [-signal.SIGKILL, -signal.SIGKILL]
+        told = [max(map(int, ["40", *output.read().split()])) for output in outputs]
+        assert [process.wait() for process in ranks] == [-signal.SIGKILL, -signal.SIGKILL]
     for rank in range(2):
-        written = [json.loads(line)["step"] for line in of_rank(run, number, rank).read_text().splitlines()]
-        assert written == list(range(1, len(written) + 1))
-        assert len(written) >= told[rank]
+        whole = [line for line in of_rank(run, number, rank).read_text().splitlines(keepends=True) if line[-1] == "\n"]
+        assert [json.loads(line)["step"] for line in whole] == list(range(1, len(whole) + 1))
+        assert len(whole) >= told[rank]
     attempt(run, 17, [31])
     attempt(run, 29, [44, 44, 44], "finished")
     found = account(run)
@@ -322,6 +323,14 @@ def test_in_flight_is_what_the_last_step_of_all_lacks(run: Path, status: str) ->
     found = account(run)
     assert (faults(found), found.steps) == ((0, 0, 0, len(planned(8)) - len(planned(8)[0::3])), 7)
     assert found.sound
+
+
+def test_a_rank_that_was_killed_before_its_first_step(run: Path) -> None:
+    attempt(run, 0, [3, 3])
+    attempt(run, 3, [4, 3])
+    of_rank(run, 2, 1).unlink()
+    found = account(run)
+    assert (faults(found), found.steps) == ((0, 0, 0, len(planned(4)[1::2])), 3)
 
 
 def test_ranks_cannot_be_two_steps_apart(run: Path) -> None:
@@ -492,6 +501,15 @@ def test_the_command_shows_the_account(run: Path, capsys: pytest.CaptureFixture[
     lost = [sample for step in range(1, 4) for sample in planned(step)[1::2]]
     assert f"lost       6: {', '.join(f'{sample} (epoch 0)' for sample in lost)}\n" in out
     assert "1 of 2" in out
+
+
+def test_a_reason_cannot_steer_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Attempts(run).begin(0, ranks=1)
+    with closing(Ledger(run, 1, 0)) as ledger:
+        ledger.write(1, 0, 4, [], [(sample, "bad \x1b[2J[red]row") for sample in planned(1)])
+    assert command(run) == 0
+    out = capsys.readouterr().out
+    assert f"skipped    4: {planned(1)[0]} (epoch 0: bad �[2J[red]row), " in out
 
 
 def test_the_command_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

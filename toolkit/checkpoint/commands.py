@@ -28,7 +28,7 @@ from toolkit.checkpoint.listing import (
     open_store,
     unfinished,
 )
-from toolkit.checkpoint.screen import facts, human_size, plain, reading, show_table
+from toolkit.checkpoint.screen import count, facts, human_size, plain, reading, show_table
 from toolkit.checkpoint.store import Store
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.requirements import check_versions
@@ -145,9 +145,9 @@ def _export(options: Namespace) -> int:
     proof = export_model(base, load_weights(path, manifest), target, options.max_shard_size, options.bound)
     print(target)
     print(
-        f"step {manifest['step']}: {proof.parameters:,} parameters in {proof.tensors} tensors and {proof.files} files "
-        f"({human_size(proof.bytes)}); loaded again, its weights differ by at most {proof.weight_difference:.3g} and "
-        f"its logits by {proof.logit_difference:.3g} (bound {proof.bound:g})",
+        f"step {manifest['step']}: {proof.parameters:,} parameters in {proof.tensors} tensors and "
+        f"{count(proof.files, 'file')} ({human_size(proof.bytes)}); loaded again, its weights differ by at most "
+        f"{proof.weight_difference:.3g} and its logits by {proof.logit_difference:.3g} (bound {proof.bound:g})",
         file=sys.stderr,
     )
     return 0

@@ -193,6 +193,7 @@ def load_tokenizer(base: Path) -> Any:
     # Where its files are missing, transformers makes one that knows no word, in silence.
     if len(tokenizer) <= len(tokenizer.all_special_tokens) + 2:
         raise _unreadable(base, "tokenizer", FileNotFoundError("its vocabulary is missing"))
+    tokenizer.init_kwargs.pop("local_files_only", None)  # or it is saved with the tokenizer
     return tokenizer
 
 

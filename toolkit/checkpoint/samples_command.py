@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toolkit.checkpoint.account import Account, Part, account
+from toolkit.checkpoint.screen import plain
 
 PLAIN_WIDTH = 100
 SHOWN = 10
@@ -64,12 +65,14 @@ def _table(parts: list[Part]) -> Table:
         whole = part.ranks in (part.ledgers, None)
         ranks = f"{part.ledgers}" if whole else f"{part.ledgers} of {part.ranks}"
         ended = "killed, or still running" if part is parts[-1] and part.status == "killed" else part.status
-        table.add_row(f"{part.attempt}", f"{part.from_step:,}", f"{part.to_step:,}", ranks, ended)
+        table.add_row(f"{part.attempt}", f"{part.from_step:,}", f"{part.to_step:,}", ranks, plain(ended))
     return table
 
 
 def _named(samples: list[tuple[int, int]] | list[tuple[int, int, str]]) -> str:
     """`": 17 (epoch 0), 4 (epoch 2: too long) …"`, or nothing."""
-    words = [f"{sample} (epoch {epoch}{''.join(f': {word}' for word in why)})" for epoch, sample, *why in samples]
+    words = [
+        f"{sample} (epoch {epoch}{''.join(f': {plain(word)}' for word in why)})" for epoch, sample, *why in samples
+    ]
     more = " …" if len(words) > SHOWN else ""
     return f": {', '.join(words[:SHOWN])}{more}" if words else ""

@@ -12,21 +12,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from toolkit.checkpoint.manifest import write_file
 from toolkit.checkpoint.store import Store
-from toolkit.checkpoint.tensors import write_tensors
+from toolkit.checkpoint.tensors import own_share, write_tensors
 from toolkit.errors import CheckpointError, NumericsError, ToolkitError
 from toolkit.strategies import Strategy
 from toolkit.strategies.state import FlatShard
 from toolkit.world import World
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,7 @@ class Saver:
             for name, shard in strategy.shards().items()
         }
         self._stage()  # memory that has not been touched is slow the first time
+        self._share = own_share(self._staged, self._group)
 
     @property
     def failed(self) -> bool:
@@ -149,7 +147,7 @@ class Saver:
                 "Go on from the checkpoint before it with a lower --optim.lr, or --precision fp32.",
             )
         self._on_main(step, lambda: self._begin(aside))
-        reports = world.gather(_write(aside, world.rank, self._staged, rank_state, group), group)
+        reports = world.gather(self._write(aside, rank_state), group)
 
         def commit() -> None:
             try:
@@ -172,18 +170,29 @@ class Saver:
     def _retain(self) -> None:
         self.store.retain(self._keep, best=self._keep_best)
 
-    def _on_main(self, step: int, action: Callable[[], T]) -> T:
-        """As `World.on_main`; but whatever goes wrong is the same CheckpointError on all ranks."""
+    def _write(self, aside: Path, rank_state: Mapping[str, Any]) -> tuple[dict[str, tuple[int, str]], str]:
+        """Size and digest of each file that this rank wrote; or what went wrong, so that all ranks hear of it."""
+        own = aside / f"rank_{self._world.rank:05d}.json"
+        try:
+            files = write_tensors(aside, self._staged, self._group, self._share)
+            return files | {own.name: write_file(own, (json.dumps(rank_state) + "\n").encode())}, ""
+        except Exception as error:
+            return {}, f"{type(error).__name__} on rank {self._world.rank}: {error}"
 
-        def safely() -> T:
+    def _on_main(self, step: int, action: Callable[[], None]) -> None:
+        """Rank 0 does it; what goes wrong there is raised on all ranks."""
+        error = None
+        if self._world.main:
             try:
-                return action()
-            except ToolkitError:
-                raise
-            except Exception as error:
-                raise _failed(step, error) from error
-
-        return self._world.on_main(safely, self._group)
+                action()
+            except ToolkitError as known:
+                error = known
+            except Exception as defect:
+                error = _failed(step, defect)
+        # Not a broadcast: in gloo, its sender may wait forever for a rank that has died.
+        told = self._world.gather(error, self._group)[0]
+        if told:
+            raise error or told
 
 
 def _failed(step: int, why: BaseException | str) -> CheckpointError:
@@ -194,25 +203,6 @@ def _failed(step: int, why: BaseException | str) -> CheckpointError:
     )
     error.__cause__ = why if isinstance(why, BaseException) else None
     return error
-
-
-def _write(
-    aside: Path,
-    rank: int,
-    staged: Mapping[str, FlatShard],
-    rank_state: Mapping[str, Any],
-    group: dist.ProcessGroup | None,
-) -> tuple[dict[str, tuple[int, str]], str]:
-    """Size and digest of each file that this rank wrote; or what went wrong, so that all ranks hear of it."""
-    own = aside / f"rank_{rank:05d}.json"
-    try:
-        files = write_tensors(aside, staged, group)
-        return files | {own.name: write_file(own, (json.dumps(rank_state) + "\n").encode())}, ""
-    except CheckpointException as error:  # a BaseException; DCP raises it on all ranks alike
-        rank, (cause, _) = next(iter(error.failures.items()))
-    except Exception as error:
-        cause = error
-    return {}, f"{type(cause).__name__} on rank {rank}: {cause}"
 
 
 def _not_finite(staged: Mapping[str, FlatShard]) -> set[str]:

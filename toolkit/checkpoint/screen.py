@@ -46,7 +46,7 @@ def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(heading, no_wrap=True)
     for row in rows:
         world, metrics = row.get("world") or {}, row.get("metrics") or {}
-        by = f"{world.get('strategy')}, {world.get('ranks')} ranks, {world.get('precision')}" if world else ""
+        by = f"{world.get('strategy')}, {count(world.get('ranks'), 'rank')}, {world.get('precision')}" if world else ""
         marks = ", ".join(mark for mark in ("newest", "best") if row[mark])
         figures = [_figure(metrics.get(name)) for name in ("loss", "validation_loss")]
         cells = [str(row["step"]), _when(row.get("created")), human_size(row["bytes"]), by, row["state"], *figures]
@@ -81,6 +81,11 @@ def human_size(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size / 1e3:.1f} kB"
+
+
+def count(number: Any, what: str) -> str:
+    """As `1 file` or `3 files`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def plain(text: str) -> str:

@@ -8,7 +8,7 @@ safetensors, whose headers say where a range begins: there is no pickle to be re
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,9 @@ from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_local_load_plan,
 )
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
 
 from toolkit.checkpoint.manifest import write_file
 from toolkit.errors import CheckpointError
@@ -54,30 +44,50 @@ _DTYPES = {
 """Their names in safetensors."""
 
 
+def own_share(shards: Mapping[str, FlatShard], group: dist.ProcessGroup | None) -> list[str]:
+    """The shards that this rank is to write; the same at every save. Collective over `group`.
+
+    What several ranks hold falls to the one with the least to write.
+
+    Raises:
+        ValueError: the ranges of all ranks do not make up the tensors; raised on all ranks.
+    """
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner({name: _Entry(shard) for name, shard in shards.items()}, is_coordinator=True)
+    plans: list[Any] = [planner.create_local_plan()]
+    if group is not None:
+        own, plans = plans[0], [None] * dist.get_world_size(group)
+        dist.all_gather_object(plans, own, group=group)
+    shared, _ = planner.create_global_plan(plans)  # alike on all ranks
+    return [item.index.fqn for item in shared[_rank(group)].items]
+
+
 def write_tensors(
-    folder: Path, shards: Mapping[str, FlatShard], group: dist.ProcessGroup | None
+    folder: Path,
+    shards: Mapping[str, FlatShard],
+    group: dist.ProcessGroup | None,
+    share: Sequence[str] | None = None,
 ) -> dict[str, tuple[int, str]]:
-    """Write the shards of all ranks into `folder`, flushed to the disk. Collective over `group`.
+    """Write the shards of all ranks into `folder`, flushed to the disk. Collective over `group` without a `share`.
+
+    They are written from where they lie: safetensors' own `save` copies the whole file twice, and training would stand
+    still, because it holds the interpreter's lock while it does.
 
     Args:
-        folder: made by rank 0 beforehand, or by the storage.
+        folder: to be; all ranks write to the same.
         shards: of this rank, in the memory of the CPU and apart from each other.
         group: of gloo; None for a process alone.
+        share: what `own_share` gave for them.
 
     Returns:
         For each file that this rank wrote, its size in bytes and its SHA-256.
     """
-    writer = _Writer(folder, shards)
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    state = {name: _Entry(shard) for name, shard in shards.items()}
-    if group is None:  # of which `save` would warn
-        planner.set_up_planner(state, is_coordinator=True)
-        plan = writer.prepare_local_plan(planner.create_local_plan())
-        (plan,) = writer.prepare_global_plan(planner.create_global_plan([plan])[0])
-        writer.write_data(plan, planner)
-    else:
-        save(state, storage_writer=writer, planner=planner, process_group=group)
-    return writer.written
+    mine = {name: shards[name] for name in (own_share(shards, group) if share is None else share)}
+    if not mine:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"shard_{_rank(group):05d}.safetensors"
+    return {path.name: write_file(path, *_safetensors(mine))}
 
 
 def read_tensors(folder: Path, shards: Mapping[str, FlatShard]) -> None:
@@ -155,26 +165,8 @@ def _check(folder: Path, name: str, shard: FlatShard, stored: Any) -> None:
         )
 
 
-class _Writer(HuggingFaceStorageWriter):
-    """Writes the tensors from where they lie, and hashes them on the way.
-
-    safetensors' own `save` copies the whole file twice, and holds the interpreter's lock while it does: training would
-    stand still.
-    """
-
-    def __init__(self, folder: Path, shards: Mapping[str, FlatShard]) -> None:
-        super().__init__(str(folder), save_distributed=True)
-        self.shards = shards
-        self.written: dict[str, tuple[int, str]] = {}
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        mine = {item.index.fqn: self.shards[item.index.fqn] for item in plan.items}
-        if mine:
-            name = f"shard_{plan.storage_data['shard_index']:05d}.safetensors"
-            self.written[name] = write_file(Path(self.path) / name, *_safetensors(mine))
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([])  # asked for by DCP's own index of the files alone, which is not written
-        return done
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
 
 
 def _safetensors(shards: Mapping[str, FlatShard]) -> list[bytes | memoryview]:
