@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +24,9 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300.0
 """Seconds after which a launch that has not ended is killed, and counts as failed."""
-_ERROR = re.compile(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
+KILLS = 3
+"""How often to try to kill a run between two saves."""
+_ERROR = re.compile(r"^(?:\[rank ?\d+\]:? )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
 
 
 @dataclass(frozen=True)
@@ -106,23 +107,34 @@ class Tool(ABC):
         """Start the run in `place`, or go on with it, and wait for its end."""
         return self._launch(place, ranks, same_global_batch, lambda launcher: None)
 
-    def kill(self, place: Path, after: int) -> Ended:
-        """Start the run in `place` and kill all ranks once step `after` is done and the save before it is whole."""
+    def kill(self, place: Path, after: int) -> None:
+        """Start the run in `place` and kill all ranks once step `after` is done and the save before it is whole.
+
+        Where a busy machine lets them get to the next save first, all of it is done again.
+
+        Raises:
+            RuntimeError: three times in a row they got there, or the run failed.
+        """
         saved = after // self.job.save_every * self.job.save_every
+        for _ in range(KILLS):
+            ended = self._launch(place, self.job.ranks, True, lambda launcher: self._strike(launcher, place, after))
+            checkpoints = self.checkpoints(place)
+            if ended.code and checkpoints and max(checkpoints) == saved:
+                return
+            if ended.code and self.step(place) < after:
+                raise RuntimeError(f"{self.name} did not come as far as step {after}: {ended.error}")
+            shutil.rmtree(place)
+        raise RuntimeError(f"{self.name} could not be killed between two saves: its steps are too short")
 
-        def strike(launcher: subprocess.Popen[bytes]) -> None:
-            end = time.monotonic() + PATIENCE
-            while self.step(place) < after or saved not in self.checkpoints(place):
-                if launcher.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"{self.name} did not come as far as step {after}: see {place / 'output.txt'}")
-                time.sleep(0.002)
+    def _strike(self, launcher: subprocess.Popen[bytes], place: Path, after: int) -> None:
+        saved, end = after // self.job.save_every * self.job.save_every, time.monotonic() + PATIENCE
+        while self.step(place) < after or saved not in self.checkpoints(place):
+            if launcher.poll() is not None or time.monotonic() > end:
+                return
+            time.sleep(0.002)
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ended by itself in this moment was missed
             for rank in psutil.Process(launcher.pid).children():
-                os.kill(rank.pid, signal.SIGKILL)
-
-        ended = self._launch(place, self.job.ranks, True, strike)
-        if ended.code == 0 or max(self.checkpoints(place)) != saved:
-            raise RuntimeError(f"{self.name} was killed too late to be between two saves: use a larger model")
-        return ended
+                rank.kill()
 
     def cut_newest(self, place: Path) -> str:
         """Cut the largest file of the newest checkpoint in half; which one it was."""
@@ -291,4 +303,4 @@ def _error(output: Path) -> str:
     """The exception that ended the first rank which had one, in one line."""
     lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
     found = [match[1] for line in lines if (match := _ERROR.match(line)) and "ChildFailedError" not in line]
-    return (found[0] if found else next((line for line in reversed(lines) if line.strip()), ""))[:300]
+    return (found[0] if found else next((line for line in reversed(lines) if re.search(r"\w", line)), ""))[:300]

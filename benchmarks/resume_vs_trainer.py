@@ -170,7 +170,7 @@ def prepare(folder: Path, *, samples: int, dropout: float) -> tuple[Job, set[int
         ranks=2,
         global_batch=16,
         epochs=3,
-        save_every=8 if samples < 300 else 16,
+        save_every=10 if samples < 300 else 16,
     )
     return job, set(data.train["id"])
 

@@ -119,7 +119,8 @@ class Recovery:
 
         def begin() -> int:
             if from_step == 0:
-                write_plan(self._run, loader.seed, loader.shape.global_batch, loader.dataset.with_format("numpy")["id"][:])
+                ids = loader.dataset.with_format("numpy")["id"][:]  # as numbers of Python they would take seconds
+                write_plan(self._run, loader.seed, loader.shape.global_batch, ids)
             return self._attempts.begin(from_step, ranks=self._world.size, **facts)
 
         self.attempt = self._world.on_main(begin)

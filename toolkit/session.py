@@ -502,7 +502,8 @@ class Session:
             raise NumericsError(fault, "There is no good checkpoint to go back to.")
         self._progress = after = Progress.from_state(checkpoint.manifest["state"])
         first = after.step + 1 if before.rewound_to == after.step else step.number
-        after.left_out = before.left_out | dict.fromkeys(range(first, step.number + 1), fault)
+        # What was left out for a reason of its own keeps it.
+        after.left_out = dict(sorted((dict.fromkeys(range(first, step.number + 1), fault) | before.left_out).items()))
         after.rewinds, after.rewound_to = before.rewinds + 1, after.step
         self._guard = LossGuard(self.config.train.spike, after.recent_losses)
         self.world.on_main(lambda: self.folder.truncate_metrics(after.step))

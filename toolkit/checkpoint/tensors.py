@@ -86,7 +86,7 @@ def write_tensors(
     if not mine:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"shard_{_rank(group):05d}.safetensors"
+    path = folder / f"shard_{_rank(group) + 1:05d}.safetensors"
     return {path.name: write_file(path, *_safetensors(mine))}
 
 
