@@ -40,7 +40,7 @@ from rich.table import Table
 from transformers import BertConfig
 
 from benchmarks.chaos_faults import KILLS, KINDS, Fault, recover, strike
-from benchmarks.chaos_job import Job, compare, repeated_steps, step_seconds
+from benchmarks.chaos_job import Job, compare, crashes_in_a_row, repeated_steps, step_seconds
 from toolkit.checkpoint.attempts import Attempts
 from toolkit.config import ModelConfig
 from toolkit.models import load_tokenizer
@@ -67,16 +67,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line of JSON")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this new folder, and keep it")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with ExitStack() as leave:
         folder = _folder(options.keep, leave)
         chaos = Chaos(folder, options.ranks, leave)
         steps, every = chaos.calibrate(options.minutes * 60)
         say(f"{steps} steps, a save every {every}; now undisturbed …")
         whole = chaos.undisturbed(steps, every)
-        say(
-            f"undisturbed: {whole['seconds']:.0f} s. Now with faults for {options.minutes:g} minutes, seed {options.seed}"
-        )
+        say(f"undisturbed: {whole['seconds']:.0f} s. Now {options.minutes:g} minutes of faults, seed {options.seed}")
         result = {"benchmark": "chaos", "minutes": options.minutes, "seed": options.seed, "ranks": options.ranks}
         result |= {"steps": steps, "save_every": every, "undisturbed": whole}
         result |= chaos.disturbed(steps, every, options.minutes * 60, options.kinds, random.Random(options.seed))
@@ -146,7 +145,7 @@ class Chaos:
         """The run under faults, and what became of it."""
         job = self.job("disturbed", steps, every)
         began = time.monotonic()
-        faults, most_crashes = self._strike(job, seconds, kinds, rng)
+        faults = self._strike(job, seconds, kinds, rng)
         wall, until = time.monotonic() - began, job.position()[1]
         finished_early = job.finished
         say("no more faults: to the end …")
@@ -163,7 +162,7 @@ class Chaos:
             "attempts": len(attempts),
             "starts": len(job.starts),
             "unexplained_attempts": [a.number for a in attempts[:-1] if a.number not in explained],
-            "most_crashes_in_a_row": most_crashes,
+            "most_crashes_in_a_row": crashes_in_a_row(job.run),
             "summary": summarise(faults),
             "faults": [asdict(fault) for fault in faults],
         }
@@ -171,21 +170,19 @@ class Chaos:
         sound = not (result["lost"] or result["duplicate"] or result["misplaced"])
         return result | {"passed": equal and sound and not any(fault.error for fault in faults)}
 
-    def _strike(self, job: Job, seconds: float, kinds: Sequence[str], rng: random.Random) -> tuple[list[Fault], int]:
-        """The faults; and the most crashes in a row that did not get past one step."""
+    def _strike(self, job: Job, seconds: float, kinds: Sequence[str], rng: random.Random) -> list[Fault]:
         job.keep_up()
         _until_a_step(job)
         faults: list[Fault] = []
-        began, crashes = time.monotonic(), 0
+        began = time.monotonic()
         for kind in _draw(kinds, rng):
             _pause(job, rng.uniform(*PAUSE))
             if job.finished or time.monotonic() - began > seconds:
-                return faults, crashes
+                return faults
             fault, moment, ranks = strike(job, kind, rng)
             fault.at = moment - began
             faults.append(fault)
             recover(job, fault, moment, ranks, PATIENCE.get(kind, PATIENCE[""]))
-            crashes = max(crashes, Attempts(job.run).without_progress()[0])
             say(line(fault, len(faults)))
             if fault.seconds is None:
                 job.end()  # and the next start is help
@@ -221,6 +218,7 @@ def _figures(name: str, faults: Sequence[Fault]) -> dict[str, Any]:
         "p50": quantile(times, 0.5),
         "p95": quantile(times, 0.95),
         "max": times[-1] if times else None,
+        "processor_p50": quantile(sorted(fault.processor for fault in faults if fault.processor), 0.5),
         "phases_p50": [statistics.median(phase) for phase in zip(*phases, strict=True)],
     }
 
@@ -233,15 +231,18 @@ def quantile(values: Sequence[float], share: float) -> float | None:
 def show(result: dict[str, Any]) -> None:
     """The table, and below it the verdict."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    headings: tuple[str, ...] = ("fault", "number", "in a\nsave", "survived", "steps repeated\nmean", "\nmax")
-    headings += ("to the next step\np50, s", "\np95", "\nmax", "of p50: until ranks\nare started", "\nset up", "\nstep")
+    headings = ["fault", "number", "in a\nsave", "survived", "steps repeated\nmean", "\nmax"]
+    headings += ["to the next step\np50, s", "\np95", "\nmax", "processor\np50, s"]
+    headings += ["of p50: until ranks\nare started", "\nset up", "\nstep"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "fault" else "right", no_wrap=True)
     for row in result["summary"]:
         if row["kind"] == "all in a save":
             table.add_section()
         counts = (str(row[name]) for name in ("faults", "in_save", "survived"))
-        times = (_seconds(value) for value in (row["p50"], row["p95"], row["max"], *row["phases_p50"]))
+        times = (
+            _seconds(value) for value in (row["p50"], row["p95"], row["max"], row["processor_p50"], *row["phases_p50"])
+        )
         table.add_row(row["kind"], *counts, f"{row['repeated_mean']:.1f}", str(row["repeated_max"]), *times)
     console = Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False, highlight=False)
     console.print(table)
@@ -324,7 +325,7 @@ def _folder(keep: Path | None, leave: ExitStack) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="chaos_"))
 
     def tidy(kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code != 1):
+        if isinstance(error, SystemExit) and error.code != 1:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             say(f"the runs and what they printed: {folder}")

@@ -41,6 +41,7 @@ class Fault:
         in_save: whether a checkpoint was being written.
         seconds: from the fault to the next optimizer step of a new attempt; None where there was none in time.
         launched, begun: seconds from the fault until the ranks were started again, and until the attempt began.
+        processor: seconds of a core that the start took of the launcher and of a rank, one after the other.
         starts: of the command line that were needed.
         repeated: optimizer steps that were taken again.
         error: what went wrong.
@@ -55,6 +56,7 @@ class Fault:
     seconds: float | None = None
     launched: float | None = None
     begun: float | None = None
+    processor: float | None = None
     starts: int = 0
     repeated: int = 0
     error: str = ""
@@ -88,7 +90,7 @@ def recover(job: Job, fault: Fault, moment: float, before: set[psutil.Process], 
         if attempt > ended and fault.begun is None:
             fault.begun = now
         if job.finished or (attempt > ended and step):
-            fault.seconds = now
+            fault.seconds, fault.processor = now, job.processor_seconds()
             break
         if now >= look:
             look = now + LOOK

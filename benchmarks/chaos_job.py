@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from toolkit.checkpoint.account import account
-from toolkit.checkpoint.attempts import Attempts, ledgers
+from toolkit.checkpoint.attempts import CRASHES, Attempts, ledgers
 from toolkit.checkpoint.lines import last_line
 from toolkit.checkpoint.store import Store
 from toolkit.report import RunFolder
@@ -112,6 +112,14 @@ class Job:
                     if str(RECIPE) in _words(child)[1:4] and (number := _rank(child)) is not None:
                         found[number] = child
         return found
+
+    def processor_seconds(self) -> float:
+        """What the inner launcher and then the busiest of its ranks have used: the least that a start can take."""
+        used = [0.0]
+        for group in (self.launchers()[1:], self.ranks().values()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                used.append(max((sum(process.cpu_times()[:2]) for process in group), default=0.0))
+        return sum(used)
 
     def position(self) -> tuple[int, int]:
         """The newest attempt, and the last optimizer step that its rank 0 has entered; 0 where there is none."""
@@ -214,6 +222,19 @@ def repeated_steps(run: Path) -> dict[int, int]:
     """Of each attempt but the last, how many of its steps the next one had to take again."""
     attempts = Attempts(run).read()
     return {before.number: max(0, before.reached - after.from_step) for before, after in itertools.pairwise(attempts)}
+
+
+def crashes_in_a_row(run: Path) -> int:
+    """The most crashes in a row that did not get past one step, as `--checkpoint.crash_limit` counts them."""
+    attempts, most = Attempts(run).read()[:-1], 0
+    for end in range(1, len(attempts) + 1):
+        count = highest = 0
+        crashed = itertools.takewhile(lambda attempt: attempt.status in CRASHES, reversed(attempts[:end]))
+        for number, attempt in enumerate(crashed, 1):
+            if attempt.reached >= highest:
+                count, highest = number, attempt.reached
+        most = max(most, count)
+    return most
 
 
 def _digest(path: Path) -> str:

@@ -62,7 +62,8 @@ def train_step(
     """Forward and backward over the step's micro-batches, then one update; nothing where all rows are unfit.
 
     Dropout is seeded by (seed, step, rank), so that a step is the same whenever it is run again. What must not be
-    learnt from is not applied, and stands in the result as its `fault`; the gradients are then still there.
+    learnt from is not applied, and stands in the result as its `fault`; the training state is then to be filled anew,
+    or the run to be stopped.
 
     Args:
         strategy: holds model and optimizer.
@@ -93,6 +94,7 @@ def train_step(
         loss += part.detach()
     own, total = float(loss), float(world.sum(loss))
     if fault := refuse(total):
+        strategy.discard()
         fault = _with_samples(fault, strategy, step, own)
         return StepResult(total, math.nan, int(units), False, None, int(skipped_rows), fault, busy)
     update = strategy.update(learning_rate)

@@ -132,6 +132,11 @@ def rank_name(environment: Environment | None = None) -> str:
     return _own(environment).get("RANK") or "0"
 
 
+def store_file(environment: Environment | None = None) -> str:
+    """The file by which `python -m launch run` lets the ranks of one node meet; empty where they meet at an address."""
+    return _own(environment).get("TOOLKIT_STORE", "")
+
+
 def report_exit_code(code: int) -> None:
     """Leave the exit code of this rank where `python -m launch run` looks for it: `accelerate launch` makes it 1."""
     folder = os.environ.get("TOOLKIT_EXIT_CODES")

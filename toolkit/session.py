@@ -496,7 +496,6 @@ class Session:
         fault, self._fault, before = self._fault, "", self._progress
         self._watchdog.beat("saving", step.number)
         self._recovery.wait()
-        self.strategy.discard()
         checkpoint = self._recovery.resume()
         if checkpoint is None:
             raise NumericsError(fault, "There is no good checkpoint to go back to.")

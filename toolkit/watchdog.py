@@ -36,6 +36,7 @@ from typing import Any, Self
 
 import psutil
 
+from toolkit.environment import report_exit_code
 from toolkit.errors import RESUMABLE_EXIT_CODE
 
 WINDOW = 200  # durations that are kept for each phase
@@ -208,6 +209,7 @@ class Watchdog:
             faulthandler.dump_traceback(2, all_threads=True)  # stderr, past the buffer and its lock
         finally:
             _say()
+            report_exit_code(RESUMABLE_EXIT_CODE)
             os._exit(RESUMABLE_EXIT_CODE)
 
     def _tell(self) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from toolkit.environment import ALONE, Launcher, Ranks, cpu_asked_for
+from toolkit.environment import ALONE, Launcher, Ranks, cpu_asked_for, store_file
 from toolkit.errors import LaunchError, ToolkitError
 
 T = TypeVar("T")
@@ -62,7 +62,9 @@ class World:
             os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, wherever it is imported, guesses aloud
         if self.size > 1 and not dist.is_initialized():
             try:
-                dist.init_process_group(self._backend, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+                dist.init_process_group(
+                    self._backend, store=self._store(), rank=self.rank, world_size=self.size, timeout=TIMEOUT
+                )
             except (dist.DistError, RuntimeError, ValueError) as error:
                 raise LaunchError(
                     f"rank {self.rank} of {self.size} could not meet the others at {Ranks.read().master}: {error}",
@@ -88,6 +90,15 @@ class World:
             dist.barrier()
             gc.collect()
             dist.destroy_process_group()
+
+    def _store(self) -> Any:
+        """Where the ranks meet: a file on one node, where no port must be opened; None for the launcher's address."""
+        file = store_file()
+        if not file:
+            return None
+        store = dist.FileStore(file, self.size)  # type: ignore[attr-defined]
+        store.set_timeout(TIMEOUT)
+        return store
 
     @property
     def _backend(self) -> str:

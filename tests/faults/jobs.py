@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -144,6 +145,11 @@ def figures(run: Path) -> list[dict[str, Any]]:
 def report(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "report.json").read_text())
     return found
+
+
+def said(text: str) -> str:
+    """Without the frame and the line breaks of a screen."""
+    return re.sub(r"[\s│]+", " ", text)
 
 
 def differences(run: Path, reference: Path) -> list[str]:

@@ -186,9 +186,9 @@ def test_every_kill_is_survived(tmp_path: Path, kills: int) -> None:
     last.outcomes(FASTER_THAN)
     begun = resumed(run, 0)
     print(
-        f"\nkills: {kills}, of which {in_flight} hit a save in flight {dict(hits)} and {kills + 1 - len(begun)} a start; "
-        f"all other {len(begun)} starts went on by themselves, the last from step {begun[-1]}; most steps lost: {worst}; "
-        f"the rank that was left ended within {slowest:.1f} s"
+        f"\nkills: {kills}, of which {in_flight} hit a save {dict(hits)} and {kills + 1 - len(begun)} a start; "
+        f"all other {len(begun)} starts went on by themselves, the last from step {begun[-1]}; most steps lost: "
+        f"{worst}; the rank that was left ended within {slowest:.1f} s"
     )
     assert begun == sorted(begun), "no start fell back behind the one before it"
     assert begun[-1] == newest

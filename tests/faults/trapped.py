@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from recipes.bert_cls import Config
 from toolkit.data import text_classification
-from toolkit.data.loader import Step
+from toolkit.data.loader import Columns, Step
 from toolkit.data.summary import majority, plan_rows, report_facts
 from toolkit.models import input_limits, load_classifier, load_tokenizer
 from toolkit.session import Session
@@ -33,10 +34,11 @@ class Trap:
     """Where a rank gets a signal, and which.
 
     Attributes:
-        place: `setup` (the folder is there, the run is not), `step` (in the last micro-batch of step `number`),
-            `logged` (right after it), `baseline`, `validation` or `test` (in its batch `number` of this process),
-            `model` (while the model is saved), `never`.
-        number: of the step or batch.
+        place: `setup` (the folder is there, the run is not yet described), `base` (while that is done), `baseline`,
+            `validation` or `test` (in its batch `number` of this process), `step` (in the last micro-batch of step
+            `number`), `logged` (right after it), `data` (where sample `number` is collated), `model` (while the
+            model is saved), `never`.
+        number: of the step, batch or sample.
         rank: the one that is hit; all by default.
         signal: its number, or `BREAK`.
     """
@@ -53,19 +55,28 @@ class Trap:
         if self.signal == BREAK:
             raise RuntimeError(f"broken in {place} {number}")
         os.kill(os.getpid(), self.signal)
+        time.sleep(0.3)  # it is noted by a thread, which must not come too late for what is left of a small run
 
 
 @dataclass(frozen=True)
 class Poison:
-    """What spoils losses, and what is left out by decree.
+    """What spoils losses and samples, and what is left out by decree.
 
     Attributes:
         factors: by id of a sample: what the loss of its micro-batch is multiplied by.
+        from_step: the first at which they are.
         left_out: steps that are not taken from the start, as if a fault had been there.
+        unfit: ids of samples whose tokens are damaged.
     """
 
     factors: Mapping[int, float] = field(default_factory=dict)
+    from_step: int = 1
     left_out: Mapping[int, str] = field(default_factory=dict)
+    unfit: tuple[int, ...] = ()
+
+    def spoil(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The sample, perhaps with a token that no model knows."""
+        return row | {"input_ids": [10**6] if row["id"] in self.unfit else row["input_ids"]}
 
 
 class Trapped(Classification):
@@ -87,12 +98,19 @@ class Trapped(Classification):
         """The next losses are those of this step."""
         self.step, self.micro_batches = step, 0
 
+    def collate(self, rows: Columns, empty: bool) -> Batch:
+        for sample in rows["id"]:
+            self.trap.pass_by("data", sample, self.rank)
+        return super().collate(rows, empty)
+
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
         self.micro_batches += 1
         if self.micro_batches == len(self.step.micro_batches):
             self.trap.pass_by("step", self.step.number, self.rank)
-        factor = math.prod(self.poison.factors.get(sample, 1.0) for sample in batch.ids)
-        return super().loss(outputs, batch) * factor
+        loss = super().loss(outputs, batch)
+        if self.step.number >= self.poison.from_step:
+            loss = loss * math.prod(self.poison.factors.get(sample, 1.0) for sample in batch.ids)
+        return loss
 
     def measure(self, outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
         self.batches += 1
@@ -101,13 +119,14 @@ class Trapped(Classification):
 
 
 class TrappedTokenizer:
-    """Saved beside the model, when its weights are there already."""
+    """Saved with the run's description at first, and then beside the model, when its weights are there already."""
 
     def __init__(self, tokenizer: Any, trap: Trap) -> None:
         self.tokenizer, self.trap = tokenizer, trap
+        self.places = iter(("base", "model"))
 
     def save_pretrained(self, target: Path) -> None:
-        self.trap.pass_by("model", 1, 0)
+        self.trap.pass_by(next(self.places), 1, 0)
         self.tokenizer.save_pretrained(target)
 
 
@@ -133,8 +152,9 @@ def main(config: Config, trap: Trap = Trap(), poison: Poison = Poison()) -> None
         task = Trapped(data.labels, tokenizer, config.train.label_smoothing, **limits)
         task.trap, task.poison, task.rank = trap, poison, session.world.rank
 
+        training = data.train.map(poison.spoil) if poison.unfit else data.train
         options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows}
-        train, validation, test = session.loaders(task, data.train, data.validation, data.test, **options)
+        train, validation, test = session.loaders(task, training, data.validation, data.test, **options)
         plan = TrappedPlan(trap, model={"name": config.model.name}, data=plan_rows(data, config.data.max_length))
         saved = TrappedTokenizer(tokenizer, trap)
         session.setup(model, tokenizer=saved, data_fingerprint=data.fingerprint, plan=plan)

@@ -92,8 +92,8 @@ def test_ls(run: Path, toolkit: Toolkit) -> None:
     rows = {line.split()[0]: line.split() for line in out.splitlines()[2:]}
     assert list(rows) == ["30", "20", "10"]
     assert rows["30"][1].startswith("2030-05-0")
-    assert rows["30"][5:] == ["single,", "1", "ranks,", "fp32", "good", "0.0333", "0.7000", "newest"]
-    assert rows["20"][5:] == ["single,", "1", "ranks,", "fp32", "good", "0.0500", "0.5000", "best"]
+    assert rows["30"][5:] == ["single,", "1", "rank,", "fp32", "good", "0.0333", "0.7000", "newest"]
+    assert rows["20"][5:] == ["single,", "1", "rank,", "fp32", "good", "0.0500", "0.5000", "best"]
     assert rows["10"][-1] == "0.9000"
     assert rows["30"][3:5] == ["323.5", "kB"]
 

@@ -254,6 +254,8 @@ def test_the_tokenizer_comes_through(exported: tuple[Path, Any]) -> None:
     expected = tokenizer()(CHINESE)["input_ids"]
     assert len(expected) == len(CHINESE) + 2
     assert 1 not in expected  # no character is unknown
+    settings = json.loads((exported[0] / "tokenizer_config.json").read_text())
+    assert "local_files_only" not in settings
     again = AutoTokenizer.from_pretrained(exported[0])
     assert again(CHINESE)["input_ids"] == expected
     assert again.decode(expected, skip_special_tokens=True).replace(" ", "") == CHINESE

@@ -190,7 +190,7 @@ def test_an_index_that_is_none(tmp_path: Path, content: bytes) -> None:
 
 def test_an_index_cannot_change_a_class(tmp_path: Path) -> None:
     """A pickle may set attributes of what it names."""
-    index = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n(N}X\x05\x00\x00\x00ownedK\x01s\x86b."
+    index = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x05\x00\x00\x00ownedK\x01s\x86b."
     (tmp_path / ".metadata").write_bytes(index)
     with pytest.raises(CheckpointError):
         read_foreign(tmp_path)

@@ -232,7 +232,9 @@ def test_signals_reach_all_ranks(job: Callable[..., Job], config: str, number: s
     one.wait_for("ready_*", ranks)
     one.process.send_signal(number)
     assert one.end() == 75
-    assert one.saved() == [reason] * ranks
+    assert len(one.saved()) == ranks
+    # With one rank accelerate dies, and on a busy machine its rank notices that before the signal comes.
+    assert set(one.saved()) <= {reason} | ({"the launcher has ended"} if config == ONE else set())
     assert len(list(one.folder.glob("pid_*"))) == ranks  # who is stopped is not started again
 
 
@@ -282,6 +284,17 @@ def test_the_death_of_accelerate(job: Callable[..., Job], config: str) -> None:
     assert one.end() == 75
     assert set(one.saved()) <= {"SIGTERM", "the launcher has ended"}
     assert one.saved()
+
+
+@pytest.mark.slow
+def test_the_death_of_accelerate_while_ranks_save(job: Callable[..., Job]) -> None:
+    one = job(STOPS, 4)
+    one.wait_for("ready_*", 2)
+    one.process.send_signal(signal.SIGUSR1)
+    time.sleep(2.5)
+    one.launcher().kill()
+    assert one.end() == 75
+    assert one.saved() == ["SIGUSR1"] * 2  # and not ended at once by a second signal
 
 
 @pytest.mark.parametrize("config", [TWO, pytest.param(ONE, marks=pytest.mark.slow)])

@@ -255,19 +255,27 @@ def test_in_another_thread_nothing_happens() -> None:
 
 def test_the_end_of_a_helper_is_no_wish(started: list[subprocess.Popen[str]]) -> None:
     script = """
-        import multiprocessing, os, time
+        import multiprocessing, signal, sys, time
         from toolkit.signals import StopRequest
+
+        def with_a_handler(seconds):
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(3))
+            time.sleep(seconds)
+
         with StopRequest() as stop:
-            helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
-            helper.start()
-            time.sleep(0.2)
+            context = multiprocessing.get_context("fork")
+            helpers = [context.Process(target=target, args=(30,)) for target in (time.sleep, with_a_handler)]
+            for helper in helpers:
+                helper.start()
+            time.sleep(0.3)
             print("ready", flush=True)
-            helper.terminate()
-            helper.join()
+            for helper in helpers:
+                helper.terminate()
+                helper.join()
             time.sleep(0.2)
-            print(helper.exitcode, repr(stop.reason))
+            print([helper.exitcode for helper in helpers], repr(stop.reason))
     """
-    assert rest(start(started, script)) == (0, "-15 ''\n")
+    assert rest(start(started, script)) == (0, "[-15, 3] ''\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from toolkit.errors import ConfigError, DataError
 from toolkit.order import epoch_order as epoch_order
+from toolkit.signals import as_helper
 
 Columns = Mapping[str, Sequence[Any]]
 Collate = Callable[[Columns, bool], Any]
@@ -190,6 +191,7 @@ class Loader:
             batch_size=None,
             num_workers=self._workers,
             pin_memory=self._pin_memory,
+            worker_init_fn=as_helper,  # launchers signal whole process groups, and the step is to be finished
         )
         return iter(loader)
 
