@@ -123,6 +123,8 @@ class Watchdog:
 
     def start(self) -> None:
         """Start the thread."""
+        # At once, so that others know whom to end; without a limit, so that it holds nobody's alarm back.
+        self._write_heartbeat(dataclasses.replace(self._heartbeat(), limit=0.0))
         self._last_tick = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -153,7 +155,7 @@ class Watchdog:
         pause = self.interval
         while not self._stopping.wait(pause):
             self._account()
-            self._write_heartbeat()
+            self._write_heartbeat(self._heartbeat())
             if self._alarms() or self._is_stuck():
                 self._end()
             left = self._limit - self._waited
@@ -241,7 +243,7 @@ class Watchdog:
             folder = alarms[0] if alarms else self._hangs / f"attempt_{self.attempt:04}_step_{self._seen[1]:08}"
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / self._stacks).exists():
-                self._write_heartbeat()
+                self._write_heartbeat(self._heartbeat())
                 self._dump(folder)
             answered = {int(path.stem.removeprefix("rank_")) for path in folder.glob("rank_*.txt")}
             if len(answered) >= self.size or time.monotonic() >= deadline:
@@ -276,10 +278,10 @@ class Watchdog:
         process = (self.attempt, self.rank, self._host, self._pid, self._created)
         return Heartbeat(*process, self._tick, step, beats, phase, waited, limit)
 
-    def _write_heartbeat(self) -> None:
+    def _write_heartbeat(self, heartbeat: Heartbeat) -> None:
         try:
             self._heartbeats.mkdir(parents=True, exist_ok=True)
-            _write(self._path(self.rank), json.dumps(dataclasses.asdict(self._heartbeat())))
+            _write(self._path(self.rank), json.dumps(dataclasses.asdict(heartbeat)))
         except OSError as error:
             if not self._complained:
                 _say(f"Rank {self.rank} cannot write its heartbeat, so others may miss it if the run hangs: {error}")

@@ -77,6 +77,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} is not ours") from error
     if version != FORMAT:
         raise Damaged(f"{MANIFEST} has format {version}; this version reads format {FORMAT}")
+    if not isinstance(body.get("files"), dict) or not isinstance(body.get("step"), int):
+        raise Damaged(f"{MANIFEST} is not ours")
     return body
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
@@ -13,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from toolkit.checkpoint.listing import Item, examine, in_quarantine, open_store, path_of, size_of
-from toolkit.checkpoint.manifest import sync_folder, write_file
+from toolkit.checkpoint.manifest import sync_folder
 from toolkit.checkpoint.screen import human_size, plain, reading
 from toolkit.checkpoint.store import POINTER, Store
 from toolkit.errors import CheckpointError, ConfigError
@@ -106,11 +105,9 @@ def _point_to_the_newest(store: Store) -> None:
     newest = next(iter(store.committed()), None)
     if newest is None:
         (store.folder / POINTER).unlink(missing_ok=True)
+        sync_folder(store.folder)
     else:
-        aside = store.folder / f".{POINTER}"
-        write_file(aside, (json.dumps({"step": newest[0], "folder": newest[1].name}) + "\n").encode())
-        aside.rename(store.folder / POINTER)
-    sync_folder(store.folder)
+        store.point_to(*newest)
 
 
 @contextmanager

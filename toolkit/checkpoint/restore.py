@@ -44,11 +44,15 @@ def newest_good(store: Store, world: World, warn: Callable[[str], None]) -> Chec
             warn(f"the checkpoint of step {missing}, which was committed last, is gone")
             missing = None
         manifest, reason = verify_together(path, world)
+        if not reason and manifest["step"] != step:
+            reason = f"it is of step {manifest['step']}"
         if not reason:
             return Checkpoint(path, manifest)
         moved = world.on_main(lambda path=path, reason=reason: store.quarantine(path, reason))  # type: ignore[misc]
         warn(f"the checkpoint of step {step} is damaged and not used: {reason}. It is in {moved} now")
         missing = None
+    if missing is not None:
+        warn(f"the checkpoint of step {missing}, which was committed last, is gone, and there is no other")
     return None
 
 

@@ -81,11 +81,15 @@ class Store:
         write_manifest(aside, manifest)
         aside.rename(target)
         sync_folder(self.folder)
-        pointer = self.folder / f".{POINTER}"
-        write_file(pointer, (json.dumps({"step": step, "folder": target.name}) + "\n").encode())
-        pointer.rename(self.folder / POINTER)
-        sync_folder(self.folder)
+        self.point_to(step, target)
         return target
+
+    def point_to(self, step: int, path: Path) -> None:
+        """Move the pointer."""
+        aside = self.folder / f".{POINTER}"
+        write_file(aside, (json.dumps({"step": step, "folder": path.name}) + "\n").encode())
+        aside.rename(self.folder / POINTER)
+        sync_folder(self.folder)
 
     def abandon(self, aside: Path) -> None:
         """Remove what was written aside of a save that has failed: a full disk needs the room."""

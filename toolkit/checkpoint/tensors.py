@@ -163,6 +163,12 @@ def _check(folder: Path, name: str, shard: FlatShard, stored: Any) -> None:
             f"{folder}: {name} has {there[0]} elements of {there[1]}, the model has {here[0]} of {here[1]}",
             "It was written for another model: start with the one of that run.",
         )
+    covered = sum(chunk.sizes.numel() for chunk in stored.chunks)
+    if covered != shard.total:
+        raise CheckpointError(
+            f"{folder} holds {covered} of the {shard.total} elements of {name}",
+            "Run `toolkit checkpoint verify` on it.",
+        )
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:
