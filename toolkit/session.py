@@ -168,19 +168,12 @@ class Session:
         self._folder = RunFolder(self.world.on_main(self._open_folder))
         check_shared(self.folder.path, self.world)
         self._resume(data_fingerprint)
-        self._trackers = Trackers(
-            self.config.run.trackers,
-            self.folder.path,
-            self.folder.path.name,
-            plain(self.config),
-            self.world.main,
-            start_step=self._progress.step,
-        )
+        self._trackers = self._make_trackers()
         run = {"folder": str(self.folder.path)}
         if self._progress.step:
             run["goes on"] = f"after step {self._progress.step:,}, attempt {self._recovery.attempt}"
         parameters = {"parameters": f"{total:,}, {trainable:,} trainable"}
-        rows = {section: dict(values) for section, values in plan.items()}
+        rows = {section: {name: redact(value) for name, value in values.items()} for section, values in plan.items()}
         rows["model"] = rows.get("model", {}) | parameters
         rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
         rates = [self.schedule(step) for step in range(1, self.total_steps + 1)]
@@ -507,6 +500,8 @@ class Session:
         self._guard = LossGuard(self.config.train.spike, after.recent_losses)
         self.world.on_main(lambda: self.folder.truncate_metrics(after.step))
         self._begin_attempt(loader)
+        self._trackers.close()
+        self._trackers = self._make_trackers()  # which hide what was logged past the checkpoint
         steps = f"step {first}" if first == step.number else f"steps {first} to {step.number}"
         self.console.warn(f"{fault}: back to step {after.step}; the samples of {steps} are left out")
 
@@ -530,6 +525,16 @@ class Session:
             )
         if new:
             self.console.warn(f"step {step.number}: {len(new)} unfit samples are left out ({shown})")
+
+    def _make_trackers(self) -> Trackers:
+        return Trackers(
+            self.config.run.trackers,
+            self.folder.path,
+            self.folder.path.name,
+            plain(self.config),
+            self.world.main,
+            start_step=self._progress.step,
+        )
 
     def _make_watchdog(self) -> Watchdog:
         return Watchdog(

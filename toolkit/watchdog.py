@@ -108,12 +108,12 @@ class Watchdog:
         self._heartbeats, self._hangs = folder / "watchdog", folder / "hangs"
         self._stacks = f"rank_{rank:05}.txt"
         self._host, self._pid, self._created = socket.gethostname(), os.getpid(), _created(psutil.Process())
-        self._stopping = threading.Event()
+        self._wake, self._stopped = threading.Event(), False
         self._thread: threading.Thread | None = None
         # From the main thread to the watchdog's; safe without a lock.
         self._beat = ("start", 0, 0, time.monotonic())
         self._finished: deque[tuple[str, float]] = deque(maxlen=100 * WINDOW)
-        # The watchdog's thread alone. `_seen` is the beat since which it has been waiting.
+        # The watchdog's thread alone; `beat` looks at `_limit`. `_seen` is the beat since which it has been waiting.
         self._durations: dict[str, deque[float]] = {}
         self._seen = self._beat
         self._waited, self._limit = 0.0, self.patience
@@ -135,10 +135,13 @@ class Watchdog:
         last_phase, last_step, beats, since = self._beat
         self._finished.append((last_phase, now - since))
         self._beat = (phase, step, beats + 1 if step == last_step else 1, now)
+        if self._limit > self.minimum:
+            self._wake.set()  # others have read of this limit, and would wait as long for a rank that stops now
 
     def stop(self) -> None:
         """End the thread and remove this rank's heartbeat. An alarm that is up already still ends the process."""
-        self._stopping.set()
+        self._stopped = True
+        self._wake.set()
         if self._thread is not None:
             self._thread.join(10 * self.grace)
         with contextlib.suppress(OSError):
@@ -153,7 +156,11 @@ class Watchdog:
 
     def _run(self) -> None:
         pause = self.interval
-        while not self._stopping.wait(pause):
+        while True:
+            self._wake.wait(pause)
+            self._wake.clear()
+            if self._stopped:
+                return
             self._account()
             self._write_heartbeat(self._heartbeat())
             if self._alarms() or self._is_stuck():
@@ -211,6 +218,7 @@ class Watchdog:
             faulthandler.dump_traceback(2, all_threads=True)  # stderr, past the buffer and its lock
         finally:
             _say()
+            _end_all(psutil.Process().children(recursive=True))  # a loader that hangs would outlive this process
             report_exit_code(RESUMABLE_EXIT_CODE)
             os._exit(RESUMABLE_EXIT_CODE)
 
@@ -353,6 +361,12 @@ def kill(pid: int, created: float) -> None:
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
         if abs(_created(process) - created) < 2.0:  # the boot time has a resolution of a second
+            _end_all([process, *process.children(recursive=True)])
+
+
+def _end_all(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
             process.kill()
 
 

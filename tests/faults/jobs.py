@@ -175,6 +175,15 @@ def differences(run: Path, reference: Path) -> list[str]:
     return found + _gaps(run)
 
 
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """As TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (run / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
 def _gaps(run: Path) -> list[str]:
     """What is not continuous over the attempts, or does not add up."""
     found = []

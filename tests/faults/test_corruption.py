@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -225,13 +226,18 @@ def look_without_rights(run: str) -> str:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up its rights")
-def test_a_checkpoint_that_a_rank_may_not_read_is_not_damaged(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["folder", "files"])
+def test_a_checkpoint_that_a_rank_may_not_read_is_not_damaged(run: Path, what: str) -> None:
     """Or missing rights, or a folder that one node does not see, would cost every checkpoint of the run."""
-    store = copied(run, tmp_path / "run")
-    (store.folder / "step_00000003").chmod(0o700)
-    first, second = on_ranks(look_without_rights, 2, str(tmp_path / "run"))
-    assert first == second
-    assert "cannot be read by rank 1" in first
-    assert "Permission denied" in first
-    assert [step for step, _ in store.committed()] == [3, 2, 1]
-    assert not (store.folder / "quarantine").exists()
+    with tempfile.TemporaryDirectory() as open_to_all:
+        os.chmod(open_to_all, 0o755)  # noqa: PTH101
+        store = copied(run, Path(open_to_all, "run"))
+        newest = store.folder / "step_00000003"
+        for path in [newest] if what == "folder" else newest.iterdir():
+            path.chmod(0o700)
+        first, second = on_ranks(look_without_rights, 2, str(store.folder.parent))
+        assert first == second
+        assert "cannot be read by rank 1" in first
+        assert "Permission denied" in first
+        assert [step for step, _ in store.committed()] == [3, 2, 1]
+        assert not (store.folder / "quarantine").exists()

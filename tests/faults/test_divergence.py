@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faults.jobs import Ended, Job, differences, figures, finish, report, said
+from tests.faults.jobs import Ended, Job, curves, differences, figures, finish, report, said
 from tests.faults.trapped import Poison, Trap, main
 from tests.parity.state import joined
 from toolkit.checkpoint.account import account
@@ -158,10 +158,21 @@ def test_again_before_a_new_checkpoint_leaves_out_all_steps_since(job: list[str]
 
 def test_again_after_a_new_checkpoint_leaves_out_that_step_alone(job: list[str], deal: Deal, tmp_path: Path) -> None:
     given, run = deal(job, 1), tmp_path / "run"
-    options = [*job, "--strategy.name", "single", "--train.on_fault", "rewind"]
+    options = [*job, "--strategy.name", "single", "--train.on_fault", "rewind", "--run.trackers", "tensorboard"]
+    options += ["--data.workers", "1"]
     ended = start(options, run, 1, Poison({given[3][0][0]: math.nan, given[6][0][1]: math.nan}))
     assert ended.codes == [0], ended.text
+    assert [step for step, _ in curves(run)["train/loss"]] == [1, 2, 4, 5, 7], "what was undone is hidden"
     check_left_out(run, options, 1, [3, 6], given)
+
+
+def test_the_last_step_of_the_epoch_and_of_the_run_is_left_out(job: list[str], deal: Deal, tmp_path: Path) -> None:
+    """What is due after it is done all the same."""
+    given, run = deal(job, 1), tmp_path / "run"
+    options = [*job, "--strategy.name", "single", "--train.on_fault", "rewind"]
+    assert start(options, run, 1, Poison({given[7][0][0]: math.nan})).codes == [0]
+    check_left_out(run, options, 1, [7], given)
+    assert [evaluation["step"] for evaluation in report(run)["evaluations"]] == [7]
 
 
 def test_a_kill_between_the_rewind_and_the_next_checkpoint(job: list[str], deal: Deal, tmp_path: Path) -> None:

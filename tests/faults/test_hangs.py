@@ -9,8 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.faults.jobs import Ended, Job, differences, finish
-from tests.faults.trapped import Trap, main
+from tests.faults.trapped import Naps, Trap, main
 from tests.recipes.launching import ROOT
 from toolkit.checkpoint.attempts import Attempts, ledgers
 from toolkit.errors import RESUMABLE_EXIT_CODE
@@ -54,16 +54,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
         return made[key]
 
     return whole
-
-
-@dataclass(frozen=True)
-class Naps(Trap):
-    """Seconds that a rank sleeps in a place; in any of that name where the number is 0."""
-
-    naps: Mapping[tuple[str, int, int], float] = field(default_factory=dict)
-
-    def pass_by(self, place: str, number: int, rank: int) -> None:
-        time.sleep(self.naps.get((place, number, rank), self.naps.get((place, 0, rank), 0.0)))
 
 
 def spring(trap: Trap, options: Sequence[str], run: Path, ranks: int = 2) -> Ended:
@@ -211,7 +201,7 @@ def test_a_save_that_takes_longer_than_any_step_may(
     run = tmp_path / "run"
     finish(options, run, 1)
     seconds = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert sorted(later - sooner for sooner, later in zip(seconds, seconds[1:], strict=False))[STEPS // 2] > 0.1
+    assert sorted(later - sooner for sooner, later in pairwise(seconds))[STEPS // 2] > 0.1
     assert not (run / "hangs").exists()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.faults.jobs import Ended, Job, differences, figures, finish, report, said
+from tests.faults.jobs import Ended, Job, curves, differences, figures, finish, report, said
 from tests.faults.trapped import BREAK, Trap, main
 from tests.ranks import RankFailed, on_ranks
 from tests.recipes.launching import recipe
@@ -35,6 +35,7 @@ EVERYWHERE = [
     Trap("logged", STEPS),
     Trap("test", 2),
     Trap("model"),
+    Trap("finished"),
 ]
 TERM = signal.SIGTERM
 
@@ -113,7 +114,13 @@ def test_killed_at_every_place(name: str, ranks: int, job: list[str], reference:
     [
         *((name, 2, "fp32") for name in ("fsdp", "zero1", "zero2", "zero3")),
         *((name, 2, "bf16") for name in ("ddp", "fsdp", "zero3")),
-        *((name, 3, "fp32") for name in ("ddp", "fsdp", "zero2")),
+        *((name, 3, "fp32") for name in ("fsdp", "zero2")),
+        pytest.param(
+            *("ddp", 3, "fp32"),
+            marks=pytest.mark.xfail(
+                strict=True, reason="DDP deals its buckets anew after the first step: the sums are others at the next"
+            ),
+        ),
     ],
 )
 def test_killed_under_each_strategy(
@@ -150,7 +157,15 @@ def test_stopped_with_an_evaluation_pending(
 ) -> None:
     """Stopped by a signal to the last rank alone: no step is lost, and what was due is made up for."""
     options, run, last = [*job, "--strategy.name", name], tmp_path / "run", ranks - 1
-    places = [("step", EPOCH), ("validation", 1), ("step", EPOCH + 2), ("step", STEPS), ("validation", 1), ("test", 1)]
+    places = [
+        ("baseline", 1),
+        ("step", EPOCH),
+        ("validation", 1),
+        ("step", EPOCH + 2),
+        ("step", STEPS),
+        ("validation", 1),
+        ("test", 1),
+    ]
     for place, number in places:
         ended = spring(Trap(place, number, last, TERM), options, run, ranks)
         assert ended.codes == [75] * ranks, ended.text
@@ -158,7 +173,7 @@ def test_stopped_with_an_evaluation_pending(
     finish(options, run, ranks)
     assert differences(run, reference(options, ranks)) == []
     steps = [(attempt.from_step, attempt.reached) for attempt in Attempts(run).read()]
-    assert steps == [(0, 7), (7, 7), (7, 9), (9, 16), (16, 16), (16, 16), (16, 16)]
+    assert steps == [(0, 0), (0, 7), (7, 7), (7, 9), (9, 16), (16, 16), (16, 16), (16, 16)]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +312,11 @@ def test_runs_without_a_name(job: list[str], tmp_path: Path) -> None:
     "traps",
     [
         pytest.param([Trap("step", 6), Trap("step", 12)], id="after a checkpoint"),
-        pytest.param([Trap("step", 2)], id="before the first"),
+        pytest.param(
+            [Trap("step", 2)],
+            id="before the first",
+            marks=pytest.mark.xfail(strict=True, reason="a run that goes on from step 0 hides nothing"),
+        ),
     ],
 )
 def test_the_curve_of_a_tracker_has_each_step_once(
@@ -306,15 +325,6 @@ def test_the_curve_of_a_tracker_has_each_step_once(
     options = [*job, "--strategy.name", "single", "--run.trackers", "tensorboard"]
     run = check_bits(options, reference, tmp_path, traps, 1)
     assert curves(run) == curves(reference(options))
-
-
-def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """As TensorBoard shows them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (folder,) = (run / "tensorboard").iterdir()
-    events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_two_that_begin_one_run_at_once(job: list[str], tmp_path: Path) -> None:

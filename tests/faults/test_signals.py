@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from tests.faults.jobs import Ended, Job, curve, differences, finish, last_step
-from tests.faults.trapped import Trap, main
+from tests.faults.trapped import Naps, Trap, main
 from tests.recipes.launching import RECIPE, ROOT, environment, start
 from toolkit.checkpoint.attempts import Attempts
 from toolkit.checkpoint.store import Store
@@ -208,23 +208,12 @@ def test_the_same_wish_twice_while_it_is_being_granted(
     check_no_step_is_lost(run, reference(long_job, 2))
 
 
-@dataclass(frozen=True)
-class Nap(Trap):
-    """A rank that sleeps for a while."""
-
-    seconds: float = 10.0
-
-    def pass_by(self, place: str, number: int, rank: int) -> None:
-        if (place, number, rank) == (self.place, self.number, self.rank):
-            Path("asleep").touch()
-            time.sleep(self.seconds)
-
-
 def test_a_second_wish_ends_at_once(job: list[str], reference: Reference, tmp_path: Path) -> None:
     """One rank is asleep, and another waits for it in a collective."""
     run, options = tmp_path / "run", [*job, "--checkpoint.every", "2"]
-    one = Job(options, run, 2, functools.partial(main, trap=Nap("step", 4, 1)))
-    one.until((tmp_path / "asleep").exists)
+    one = Job(options, run, 2, functools.partial(main, trap=Naps(naps={("step", 4, 1): 20.0})))
+    one.until_step(3)
+    time.sleep(0.5)
     one.kill(number=TERM)
     time.sleep(SAME_WISH + 0.3)
     assert all(rank.is_alive() for rank in one.ranks)
@@ -333,8 +322,8 @@ def test_the_end_of_a_shell_is_no_wish(long_job: list[str], reference: Reference
 @pytest.mark.slow
 def test_a_folder_has_one_writer(job: list[str], reference: Reference, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = Job(job, run, 2, functools.partial(main, trap=Nap("step", 4, 1, seconds=45)))
-    first.until((tmp_path / "asleep").exists)
+    first = Job(job, run, 2, functools.partial(main, trap=Naps(naps={("step", 4, 1): 45.0})))
+    first.until_step(3)
     second = Job([*job, "--run.hang_seconds", "None"], run, 2).wait()
     assert second.codes == [USER_ERROR_EXIT_CODE] * 2
     assert "another process is writing to" in second.text

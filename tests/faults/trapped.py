@@ -37,7 +37,7 @@ class Trap:
         place: `setup` (the folder is there, the run is not yet described), `base` (while that is done), `baseline`,
             `validation` or `test` (in its batch `number` of this process), `step` (in the last micro-batch of step
             `number`), `logged` (right after it), `data` (where sample `number` is collated), `model` (while the
-            model is saved), `never`.
+            model is saved), `finished` (before the run enters that among its attempts), `never`.
         number: of the step, batch or sample.
         rank: the one that is hit; all by default.
         signal: its number, or `BREAK`.
@@ -56,6 +56,20 @@ class Trap:
             raise RuntimeError(f"broken in {place} {number}")
         os.kill(os.getpid(), self.signal)
         time.sleep(0.3)  # it is noted by a thread, which must not come too late for what is left of a small run
+
+
+@dataclass(frozen=True)
+class Naps(Trap):
+    """No signal, but sleep.
+
+    Attributes:
+        naps: by place, number and rank: for how many seconds. The number 0 stands for all that are not named.
+    """
+
+    naps: Mapping[tuple[str, int, int], float] = field(default_factory=dict)
+
+    def pass_by(self, place: str, number: int, rank: int) -> None:
+        time.sleep(self.naps.get((place, number, rank), self.naps.get((place, 0, rank), 0.0)))
 
 
 @dataclass(frozen=True)
@@ -170,3 +184,4 @@ def main(config: Config, trap: Trap = Trap(), poison: Poison = Poison()) -> None
         task.enter("test")
         after = session.evaluate(test, "test")
         session.finish(before=before, test=after, majority=majority(data))
+        trap.pass_by("finished", 1, session.world.rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def every_pair(places: Sequence[Place]) -> list[Place]:
 
 def test_every_pair_is_on_the_round_trip() -> None:
     trip = every_pair(PLACES)
-    pairs = list(zip(trip, trip[1:], strict=False))
+    pairs = list(itertools.pairwise(trip))
     assert len(pairs) == len(set(pairs)) == len(PLACES) * (len(PLACES) - 1)
 
 
@@ -106,7 +107,7 @@ def test_from_each_to_each(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["bert.embeddings", "classifier"])
 def test_frozen_weights_are_those_of_the_state(frozen: str, tmp_path: Path) -> None:
-    """They were trained before, so that whoever takes the model's own is found out; and they lose their moments."""
+    """They were trained before, so that whoever writes the model's own is found out; and they lose their moments."""
     start, stage = taught(("fsdp", 2, None), "fp32", tmp_path), blank(frozen=frozen)
     expected = tmp_path / "expected"
     run(PLACES[0], stage, str(start), expected)
@@ -117,7 +118,23 @@ def test_frozen_weights_are_those_of_the_state(frozen: str, tmp_path: Path) -> N
     }
     assert not set(differing(expected, start)) & set(joined(expected))
     check_chain(PLACES, stage, start, expected, tmp_path)
-    check_next_losses(PLACES, stage, start, tmp_path, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "places",
+    [
+        [place for place in PLACES if place[0] in ("single", "ddp", "fsdp")],
+        pytest.param(
+            [place for place in PLACES if place[0] in ("single", "zero1", "zero2", "zero3")],
+            marks=pytest.mark.xfail(strict=True, reason="DeepSpeed goes on with the frozen weights that it came with"),
+        ),
+    ],
+    ids=["torch", "DeepSpeed"],
+)
+def test_frozen_weights_are_in_force(places: list[Place], tmp_path: Path) -> None:
+    start = taught(("fsdp", 2, None), "fp32", tmp_path)
+    check_next_losses(places, blank(frozen="bert.embeddings"), start, tmp_path, 1e-6)
 
 
 @pytest.mark.parametrize(
