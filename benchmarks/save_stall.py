@@ -106,7 +106,9 @@ def _rank(rank: int, port: int, options: argparse.Namespace, folder: Path, write
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         values = (rank, rank, options.ranks, options.ranks, "127.0.0.1", port)
         os.environ.update({name: str(value) for name, value in zip(names, values, strict=True)})
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
+    threads = max(1, (os.cpu_count() or 1) // options.ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or accelerate says that it sets it
+    torch.set_num_threads(threads)
     job = Job(folder, options)
     result = job.measure(options.steps, options.rounds)
     result["hashing"] = job.world.on_main(lambda: hashing(folder, job.content(), options.rounds))
@@ -204,6 +206,7 @@ class Job:
             "stall_max_ms": max(stalls) * 1e3,
             "stall_share_of_step": stall / step,
             "overhead": statistics.median(extra),
+            "overhead_ms_of_each_step": statistics.median(extra) * step * 1e3,
             "overhead_range": [min(extra), max(extra)],
         }
 
@@ -305,7 +308,8 @@ def show(result: dict[str, Any]) -> None:
         f"stall              {stall:.1%} of a step; goal {STALL_GOAL:.0%}: {_verdict(stall, STALL_GOAL)}\n"
         f"save from its begin to its end, beside training: {result['toolkit_total_s']:.2f} s\n"
         f"hashing            adds {found['added']:+.1%} to writing ({found['write_s']:.2f} s without, "
-        f"{found['write_and_hash_s']:.2f} s with; alone {found['hash_alone_cpu_s']:.2f} s of a core); "
+        f"{found['write_and_hash_s']:.2f} s with; alone {found['hash_alone_cpu_s']:.2f} s of a core, "
+        f"{found['hash_alone_cpu_s'] / result['toolkit_total_s']:.0%} of the save beside training); "
         f"goal {HASHING_GOAL:.0%}: {_verdict(found['added'], HASHING_GOAL)}"
     )
 

@@ -134,8 +134,8 @@ class World:
             except Exception as error:
                 outcome[1] = LaunchError(f"rank 0 failed: {type(error).__name__}: {error}", "See what it printed.")
                 defect = error
-        if self.connected:
-            dist.broadcast_object_list(outcome, src=0, group=group)
+        # By gather: in gloo, the sender of a broadcast may hang where its peer has died.
+        outcome = self.gather(outcome, group)[0]
         if outcome[1] is not None:
             raise defect or outcome[1]
         result: T = outcome[0]

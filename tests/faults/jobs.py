@@ -45,13 +45,16 @@ class Ended:
 class Job:
     """Ranks that run the recipe with `options` into the folder `run`, started as soon as it is made.
 
-    Another `main` with the same settings may stand in for the recipe's; it is pickled.
+    Another `main` with the same settings may stand in for the recipe's; it is pickled. They meet at a free port, or at
+    the one that is given.
     """
 
-    def __init__(self, options: Sequence[str], run: Path, ranks: int = 1, main: Main | None = None) -> None:
+    def __init__(
+        self, options: Sequence[str], run: Path, ranks: int = 1, main: Main | None = None, port: int | None = None
+    ) -> None:
         self.run = run
         context = multiprocessing.get_context("forkserver")
-        port, argv = free_port(), [*options, "--run.dir", str(run)]
+        port, argv = port or free_port(), [*options, "--run.dir", str(run)]
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         self._readers = [reader for reader, _ in pipes]
         self.ranks = [

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -329,6 +330,18 @@ def test_a_folder_has_one_writer(job: list[str], reference: Reference, tmp_path:
     assert "another process is writing to" in second.text
     assert first.wait().codes == [0, 0]
     assert differences(run, reference(job, 2)) == []
+
+
+def test_a_port_that_is_taken(job: list[str], tmp_path: Path) -> None:
+    """The rank that was to open it says so; those that wait for it behind another's door are the launcher's to end."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        one = Job(job, tmp_path / "run", 2, port=other.getsockname()[1])
+        one.until(lambda: not one.ranks[0].is_alive())
+        one.kill(1)
+        ended = one.wait()
+    assert ended.codes == [USER_ERROR_EXIT_CODE, -KILL]
+    assert "EADDRINUSE" in ended.texts[0]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -525,6 +525,8 @@ def test_a_manifest_made_by_hand(runs: Any, tmp_path: Path) -> None:
     save_file(
         {"../x": torch.ones(1)}, tmp_path / "a.safetensors", {"DCP_SHARDING_INFO": '{"../x": {"saved_offsets": [0]}}'}
     )
-    write_manifest(tmp_path, {"files": {"a.safetensors": {}}, "tensors": {"../x": {"shape": [1], "dtype": "float32"}}})
+    write_manifest(
+        tmp_path, {"step": 1, "files": {"a.safetensors": {}}, "tensors": {"../x": {"shape": [1], "dtype": "float32"}}}
+    )
     with pytest.raises(CheckpointError, match=r"'../x' is no name of a tensor"):
         state_digest(tmp_path, read_manifest(tmp_path))
