@@ -38,6 +38,7 @@ EVERYWHERE = [
     Trap("finished"),
 ]
 TERM = signal.SIGTERM
+ONE_AND_TWO = [("single", 1), pytest.param("ddp", 2, marks=pytest.mark.slow)]
 
 Reference = Callable[..., Path]
 
@@ -98,7 +99,7 @@ def check_bits(
     return run
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("single", 1), ("ddp", 2)])
+@pytest.mark.parametrize(("name", "ranks"), ONE_AND_TWO)
 def test_killed_at_every_place(name: str, ranks: int, job: list[str], reference: Reference, tmp_path: Path) -> None:
     run = check_bits(job, reference, tmp_path, EVERYWHERE, ranks, "--strategy.name", name)
     steps = [attempt.from_step for attempt in Attempts(run).read()]
@@ -139,7 +140,6 @@ def test_with_workers_of_the_loader(job: list[str], reference: Reference, tmp_pa
     run, workers = tmp_path / "run", ["--data.workers", "2"]
     single = [*job, "--strategy.name", "single"]
     spring(Trap("step", 5), [*single, *workers], run)
-    spring(Trap("validation", 1), [*single, *workers], run)
     finish([*single, *workers], run)
     assert differences(run, reference(single)) == []
 
@@ -151,7 +151,7 @@ def test_the_loss_scale_of_fp16(job: list[str], reference: Reference, tmp_path: 
     assert all(line["loss_scale"] > 1 for line in figures(run))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("single", 1), ("ddp", 2)])
+@pytest.mark.parametrize(("name", "ranks"), ONE_AND_TWO)
 def test_stopped_with_an_evaluation_pending(
     name: str, ranks: int, job: list[str], reference: Reference, tmp_path: Path
 ) -> None:
