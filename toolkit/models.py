@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from toolkit import samples
+from toolkit.checkpoint.folders import refuse_strays
 from toolkit.config import ModelConfig
 from toolkit.errors import ConfigError, ModelError
 
@@ -65,6 +66,8 @@ def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) ->
     build: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
     missing: Iterable[str] = ()
     try:
+        if Path(source).is_dir():
+            refuse_strays(Path(source))
         network = AutoConfig.from_pretrained(
             source,
             num_labels=len(labels),
@@ -180,8 +183,9 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if Path(source).is_dir():
         if config.revision is not None:
             raise ConfigError("--model.revision has no effect on a folder or a sample", "Drop it, or name a hub id.")
-        return source, {}
-    return source, {"revision": config.revision, "local_files_only": not _hub_has(source, config.revision)}
+        return source, {"trust_remote_code": False}
+    has = _hub_has(source, config.revision)
+    return source, {"trust_remote_code": False, "revision": config.revision, "local_files_only": not has}
 
 
 def _hub_has(name: str, revision: str | None) -> bool:

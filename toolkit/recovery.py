@@ -106,7 +106,6 @@ class Recovery:
         Where it was not saved, because nobody asked for that then, the best of those that were takes its place.
         """
         self.wait()
-        # By its step, and not by the losses in the manifests: a signal may have put its evaluation off.
         path = self.store.folder / f"step_{step:08d}"
         found = self._world.on_main(lambda: path if path.is_dir() else self.store.best())
         if found is None or found.name == f"step_{self.saved:08d}":

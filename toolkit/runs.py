@@ -112,7 +112,7 @@ def lock(folder: Path) -> FileLock:
     Raises:
         LaunchError: another process does.
     """
-    held = FileLock(folder / ".lock")
+    held = FileLock(RunFolder(folder).lock_path)
     try:
         held.acquire(timeout=LOCK_SECONDS, poll_interval=0.2)
     except Timeout as error:

@@ -533,7 +533,8 @@ class Session:
             self.folder.path.name,
             plain(self.config),
             self.world.main,
-            start_step=self._progress.step,
+            # Hidden is what another attempt has logged past this step.
+            start_step=self._progress.step if self._recovery.attempt > 1 else None,
         )
 
     def _make_watchdog(self) -> Watchdog:

@@ -275,7 +275,6 @@ def test_too_many_unfit_samples_stop_all_ranks(job: list[str], deal: Deal, tmp_p
     assert report(run)["status"] == "failed"
 
 
-@pytest.mark.xfail(strict=True, reason="the cap is among what makes the data other ones")
 def test_who_raises_the_cap_goes_on(job: list[str], deal: Deal, tmp_path: Path) -> None:
     given, run = deal(job, 2), tmp_path / "run"
     poison = Poison(unfit=(given[2][1][0], given[3][1][1]))

@@ -260,7 +260,6 @@ def test_an_index_that_names_a_pickle(use: Callable[[Path], Any], model: Path, p
         use(model)
 
 
-@pytest.mark.xfail(strict=True, reason="transformers follows whatever an index names")
 @USES
 @pytest.mark.parametrize("name", ["../outside.safetensors", "absolute", "link.safetensors"])
 def test_an_index_that_leads_out_of_the_folder(
@@ -294,15 +293,7 @@ class Model(BertForSequenceClassification):
 """
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        pytest.param(
-            trained_from, marks=pytest.mark.xfail(strict=True, reason="transformers asks, and may be told yes")
-        ),
-        predicting,
-    ],
-)
+@USES
 def test_code_that_comes_with_a_model(use: Callable[[Path], Any], model: Path, tmp_path: Path) -> None:
     """Not even where somebody says yes to all that is asked (`yes | …`)."""
     (model / "own.py").write_text(CODE.format(mark=str(tmp_path / "executed")))

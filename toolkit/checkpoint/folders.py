@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -45,7 +46,7 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 
 def contained(folder: Path, name: object) -> Path:
-    """The regular file of this name in `folder`.
+    """The regular file of this name in `folder`; in a snapshot of the hub's cache, the blob that its link leads to.
 
     Raises:
         CheckpointError: it is missing, or the name would lead out of the folder.
@@ -56,6 +57,9 @@ def contained(folder: Path, name: object) -> Path:
             "Do not use this folder unless you know who made it.",
         )
     path = folder / name
+    blobs = folder.resolve().parent.parent / "blobs"
+    if path.is_symlink() and folder.resolve().parent.name == "snapshots" and path.resolve().parent == blobs:
+        path = path.resolve()
     try:
         mode = path.lstat().st_mode
     except OSError as error:
@@ -66,6 +70,21 @@ def contained(folder: Path, name: object) -> Path:
             "Put the file itself there (`cp -rL` copies what links point to).",
         )
     return path
+
+
+def refuse_strays(folder: Path) -> None:
+    """Refuse an index of weights that names a file outside of `folder`: transformers would follow it.
+
+    Raises:
+        CheckpointError: naming the file; or the index is damaged.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            names = set(json.loads(contained(folder, index.name).read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error!r}", "Copy the folder again.") from error
+        for name in names:
+            contained(folder, name)
 
 
 def refuse_taken(target: Path) -> None:

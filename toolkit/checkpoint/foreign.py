@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from toolkit.checkpoint.folders import contained
+from toolkit.checkpoint.folders import contained, refuse_strays
 from toolkit.errors import CheckpointError
 
 METADATA = ".metadata"
 
 _SHARDING = "DCP_SHARDING_INFO"
-_INDEX = "*.safetensors.index.json"
 _METADATA_MODULES = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
@@ -179,13 +178,7 @@ def _load(blob: _Blob) -> torch.Tensor:
 
 def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     paths = [contained(folder, path.name) for path in sorted(folder.glob("*.safetensors"))]
-    for index in sorted(folder.glob(_INDEX)):
-        try:
-            named = set(json.loads(contained(folder, index.name).read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(index, error) from error
-        for name in named:
-            contained(folder, name)
+    refuse_strays(folder)
     chunks: dict[str, tuple[torch.dtype, list[_Chunk]]] = {}
     for path in paths:
         try:

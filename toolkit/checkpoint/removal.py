@@ -16,9 +16,7 @@ from toolkit.checkpoint.manifest import sync_folder
 from toolkit.checkpoint.screen import human_size, plain, reading
 from toolkit.checkpoint.store import POINTER, Store
 from toolkit.errors import CheckpointError, ConfigError
-
-LOCK = ".lock"
-"""The file in a run's folder that its processes hold."""
+from toolkit.report.folder import RunFolder
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -117,7 +115,7 @@ def _held(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: one of them does, or the folder cannot be written to.
     """
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(RunFolder(folder).lock_path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

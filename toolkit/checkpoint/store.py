@@ -96,7 +96,7 @@ class Store:
         shutil.rmtree(aside, ignore_errors=True)
 
     def retain(self, keep: int, *, best: bool) -> None:
-        """Remove committed ones but the newest `keep`, and with `best` the one with the lowest validation loss.
+        """Remove committed ones but the newest `keep`, and with `best` the best one.
 
         Only those count whose manifest, names and sizes of files are sound: reading them would double the time of a
         save. What is not sound is left to `quarantine`, which a start does.
@@ -108,7 +108,10 @@ class Store:
                 self.remove(path)
 
     def best(self) -> Path | None:
-        """The sound checkpoint with the lowest validation loss, the earlier where two are equal."""
+        """The one that the newest knows as the best; where that was not saved, the one with the lowest validation loss.
+
+        Their own losses do not say all: a signal may have put an evaluation off until after the checkpoint.
+        """
         return _best(list(self._sound()))
 
     def remove(self, path: Path) -> None:
@@ -150,6 +153,9 @@ def _named(path: Path) -> re.Match[str] | None:
 
 
 def _best(sound: list[tuple[int, Path, dict[str, Any]]]) -> Path | None:
+    known = sound[0][2].get("state", {}).get("best_step") if sound else None
+    if named := [path for step, path, _ in sound if step == known]:
+        return named[0]
     losses = [(manifest["metrics"].get("validation_loss"), step, path) for step, path, manifest in sound]
     finite = [(loss, step, path) for loss, step, path in losses if loss is not None and math.isfinite(loss)]
     return min(finite)[2] if finite else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from toolkit.checkpoint.folders import refuse_strays
 from toolkit.data.tokenize import encode
 from toolkit.errors import ConfigError, DataError, ModelError, NumericsError
 from toolkit.predict.prediction import Prediction
@@ -124,6 +125,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     """Tokenizer and model in `folder`: never from a hub, never with its own code, never a pickle."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
+        refuse_strays(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options

@@ -28,7 +28,7 @@ class Trackers:
         run_name: the name under which the run is shown.
         config: the run's settings, nested or not; stored beside the curves without their secrets.
         main: whether this is the rank that writes.
-        start_step: the step from which a run is resumed. What was logged past it is hidden.
+        start_step: the step from which a run goes on: what was logged past it is hidden. None where it begins.
 
     Raises:
         ConfigError: an unknown name, or a tracker whose package is not installed.
@@ -42,7 +42,7 @@ class Trackers:
         config: Mapping[str, Any],
         main: bool,
         *,
-        start_step: int = 0,
+        start_step: int | None = None,
     ) -> None:
         for name in names:
             _check(name)
@@ -51,7 +51,7 @@ class Trackers:
             self._trackers = [_tensorboard(folder, run_name, start_step)]
             settings = flatten(redact(config))
             # A resumed run has stored its settings already; a second copy would be a second run on the page.
-            if settings and start_step == 0:
+            if settings and start_step is None:
                 for tracker in self._trackers:
                     tracker.store_init_configuration(settings)
 
@@ -99,13 +99,13 @@ def _check(name: str) -> None:
         )
 
 
-def _tensorboard(folder: Path, run_name: str, start_step: int) -> Any:
+def _tensorboard(folder: Path, run_name: str, start_step: int | None) -> Any:
     # Here and not above: accelerate imports every tracker that is installed, and most runs use none.
     from accelerate.tracking import TensorBoardTracker
 
     # A name with a slash or dots would put the files somewhere else.
     safe_name = re.sub(r"[^\w-]+", "_", run_name) or "run"
-    purge = {"purge_step": start_step + 1} if start_step else {}
+    purge = {} if start_step is None else {"purge_step": start_step + 1}
     tracker = TensorBoardTracker(safe_name, folder / "tensorboard", **purge)
     tracker.start()
     return tracker

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +27,7 @@ class DDP(TorchStrategy):
     layouts: ClassVar[Mapping[str, tuple[Layout, ...]]] = {"ddp": (Layout(2), Layout(3))}
 
     model: DistributedDataParallel
+    _settled = False
 
     def check(self) -> None:
         """Refuse one process."""
@@ -38,9 +40,32 @@ class DDP(TorchStrategy):
         options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, _SYNC_BUFFERS: False}
         return DistributedDataParallel(model, **options)
 
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """The first one in training is done twice."""
+        if not self._settled and torch.is_grad_enabled():
+            self._settled = True
+            self._settle(inputs)
+        return super().forward(inputs)
+
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Reduce once a step."""
         return contextlib.nullcontext() if last else self.model.no_sync()
+
+    def _settle(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Let torch deal the parameters to buckets by the order in which their gradients come.
+
+        It does so once, after the first backward; and where in its bucket a gradient lies decides in which order three
+        or more ranks add it up. A run that goes on would add its first step in another order than the run that was
+        never interrupted. So this one counts for nothing.
+        """
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        synchronizing, self.model.require_backward_grad_sync = self.model.require_backward_grad_sync, True
+        with torch.random.fork_rng(devices):
+            outputs = super().forward(inputs)
+            loss = sum(value.float().sum() for value in outputs.values() if value.requires_grad)
+            loss.backward()
+        self.model.require_backward_grad_sync = synchronizing
+        self.discard()
 
     @property
     def module(self) -> nn.Module:
