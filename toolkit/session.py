@@ -24,6 +24,7 @@ from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
 from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
+from toolkit.journal import Journal
 from toolkit.models import parameter_counts
 from toolkit.numerics import LossGuard
 from toolkit.optim import Schedule, adamw, build_schedule
@@ -32,7 +33,7 @@ from toolkit.pace import Pace
 from toolkit.precision import choose_precision
 from toolkit.progress import Progress
 from toolkit.recovery import Recovery
-from toolkit.report import Console, RunFolder, Trackers, redact, versions, write_html
+from toolkit.report import Console, RunFolder, Trackers, redact, versions
 from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun, refuse_other_data
 from toolkit.signals import StopRequest
 from toolkit.strategies import choose_strategy
@@ -92,7 +93,6 @@ class Session:
         self._began = self._last_time = time.monotonic()
         self._seconds_before = 0.0
         self._pace = Pace(self.world)
-        self._report: dict[str, Any] = {}
 
     @property
     def folder(self) -> RunFolder:
@@ -167,8 +167,8 @@ class Session:
         self._tokenizer = tokenizer
         self._folder = RunFolder(self.world.on_main(self._open_folder))
         check_shared(self.folder.path, self.world)
+        self._journal = Journal(self.folder, self.config, self.console, self.world)
         self._resume(data_fingerprint)
-        self._trackers = self._make_trackers()
         run = {"folder": str(self.folder.path)}
         if self._progress.step:
             run["goes on"] = f"after step {self._progress.step:,}, attempt {self._recovery.attempt}"
@@ -176,16 +176,10 @@ class Session:
         rows = {section: {name: redact(value) for name, value in values.items()} for section, values in plan.items()}
         rows["model"] = rows.get("model", {}) | parameters
         rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
-        rates = [self.schedule(step) for step in range(1, self.total_steps + 1)]
-        self._report |= {
-            "plan": rows,
-            "learning_rates": rates[:: max(1, len(rates) // 500)],
-            "run": str(self.folder.path),
-        }
         self.world.on_main(lambda: self._write_manifest(data_fingerprint))
         module: Any = self.strategy.module
         self.world.on_main(lambda: write_base(module, tokenizer, self.folder.path / "base"))
-        self.console.plan(rows, rates)
+        self._journal.plan(rows, [self.schedule(step) for step in range(1, self.total_steps + 1)])
         if self.precision.name == "fp16" and self.world.device.type == "cpu":
             self.console.warn("few CPUs multiply fp16 in hardware: expect this to be very slow; bf16 is not.")
         self._cleanup.enter_context(self._stop)
@@ -195,7 +189,7 @@ class Session:
 
     def describe(self, **facts: Any) -> None:
         """Add facts to the report (labels, majority, data)."""
-        self._report |= facts
+        self._journal.report |= facts
 
     def evaluate(self, loader: Loader, title: str) -> dict[str, Any]:
         """The task's metrics over all samples of `loader`, with progress.
@@ -292,10 +286,7 @@ class Session:
             line |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
             more |= {"skipped": progress.skipped_steps, "scale": result.loss_scale}
         self._recovery.consumed(step)
-        if self.world.main:
-            self.folder.append_metrics([line])
-            if step.number % self.config.run.log_every == 0 or step.number == self.total_steps:
-                self._trackers.log({f"train/{key}": line[key] for key in ("loss", "grad_norm", "lr")}, step.number)
+        self._journal.step(line, last=step.number == self.total_steps)
         self._bar.update(step.number, loss=result.loss, samples_per_second=rate, **more)
         if result.skipped_rows:
             self._note_bad_rows(step)
@@ -312,17 +303,9 @@ class Session:
         self._recovery.wait()
         self._save_model()
         command = f'toolkit predict {self.folder.path} "TEXT"' if self.config.checkpoint.save_model else ""
-        self._report |= {"before": before, "test": test, "majority": majority, "predict": command}
-        self._close_report("finished")
-        self.world.on_main(self._write_report)
-        extra = {
-            "time": f"{self._report['seconds']:.0f} s, {self._report['samples_per_second']:.1f} samples/s in training",
-            "run": str(self.folder.path),
-            "report": str(self.folder.html_path),
-        }
-        if self._progress.skipped_steps:
-            extra["skipped"] = f"{self._progress.skipped_steps} steps, by fp16's loss scaler"
-        self.console.summary(_figures(before), _figures(test), majority, extra, command)
+        self.describe(before=before, test=test, majority=majority, predict=command)
+        self.world.on_main(lambda: self._end_journal("finished"))
+        self._journal.summary()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -346,13 +329,13 @@ class Session:
                 self._recovery.end(status, self._progress.step, redact(str(error or "")))
         self._recovery.close()
         # Now that all is entered: it takes seconds to draw, and a launcher may lose its patience.
-        if error is not None and self.world.main and "test" not in self._report:
+        if error is not None and self.world.main and "test" not in self._journal.report:
             with contextlib.suppress(ToolkitError):
-                self._close_report(status, str(error))
-                self._write_report()
+                self.describe(**{"error": str(error)} if str(error) else {})
+                self._end_journal(status)
                 self.console.note(f"the report so far: {self.folder.html_path}")
         if agreed:
-            self._trackers.close()
+            self._journal.close()
             self.strategy.teardown()
             self.world.close()
 
@@ -418,9 +401,7 @@ class Session:
         metrics = self.evaluate(validation, "validation")
         figures = {key: value for key, value in metrics.items() if isinstance(value, float)}
         progress.note_evaluation(figures)
-        shown = ", ".join(f"{key} {value:.4f}" for key, value in figures.items() if key in ("loss", "accuracy"))
-        self.console.note(f"validation after step {progress.step}: {shown}")
-        self._trackers.log({f"validation/{key}": value for key, value in figures.items()}, progress.step)
+        self._journal.evaluation(progress.step, figures)
 
     def _save(self) -> None:
         progress = self._progress
@@ -464,7 +445,6 @@ class Session:
             )
         self._guard = LossGuard(self.config.train.spike, progress.recent_losses)
         self._seconds_before = progress.seconds
-        self.world.on_main(lambda: self.folder.truncate_metrics(progress.step))
         self._begin_attempt(self._train)
 
     def _begin_attempt(self, loader: Loader) -> None:
@@ -472,6 +452,7 @@ class Session:
         facts = {key: effective[key] for key in ("strategy", "precision", "device")}
         changes = {key: list(pair) for key, pair in self._run.changes.items()}
         self._recovery.begin(self._progress.step, loader, facts | {"changes": redact(changes)})
+        self._journal.begin(self._progress.step, self._recovery.attempt)
 
     def _note_fault(self, fault: str) -> None:
         train = self.config.train
@@ -498,10 +479,7 @@ class Session:
         after.left_out = dict(sorted((dict.fromkeys(range(first, step.number + 1), fault) | before.left_out).items()))
         after.rewinds, after.rewound_to = before.rewinds + 1, after.step
         self._guard = LossGuard(self.config.train.spike, after.recent_losses)
-        self.world.on_main(lambda: self.folder.truncate_metrics(after.step))
         self._begin_attempt(loader)
-        self._trackers.close()
-        self._trackers = self._make_trackers()  # which hide what was logged past the checkpoint
         steps = f"step {first}" if first == step.number else f"steps {first} to {step.number}"
         self.console.warn(f"{fault}: back to step {after.step}; the samples of {steps} are left out")
 
@@ -525,17 +503,6 @@ class Session:
             )
         if new:
             self.console.warn(f"step {step.number}: {len(new)} unfit samples are left out ({shown})")
-
-    def _make_trackers(self) -> Trackers:
-        return Trackers(
-            self.config.run.trackers,
-            self.folder.path,
-            self.folder.path.name,
-            plain(self.config),
-            self.world.main,
-            # Hidden is what another attempt has logged past this step.
-            start_step=self._progress.step if self._recovery.attempt > 1 else None,
-        )
 
     def _make_watchdog(self) -> Watchdog:
         return Watchdog(
@@ -572,15 +539,8 @@ class Session:
         self.folder.write_config(to_yaml(self.config))
         self.folder.write_manifest(manifest(self.strategy, self.schedule, self.config, data_fingerprint))
 
-    def _close_report(self, status: str, error: str = "") -> None:
-        self._report |= {"status": status, "attempts": self._recovery.attempt}
-        self._report |= self._progress.report(self._seconds)
-        if error:
-            self._report["error"] = error
-
-    def _write_report(self) -> None:
-        self.folder.write_report(self._report)
-        write_html(self.folder.path)
+    def _end_journal(self, status: str) -> None:
+        self._journal.end(status, self._progress, self._seconds, self._recovery.attempt)
 
     def _save_model(self) -> None:
         if not self.config.checkpoint.save_model:
@@ -593,7 +553,3 @@ class Session:
     def _stale(self) -> bool:
         patience = self.config.run.early_stopping
         return patience is not None and self._progress.stale >= patience
-
-
-def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in metrics.items() if isinstance(value, float)}

@@ -28,6 +28,8 @@ NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 SAME_IN_REPORTS = ("status", "steps", "evaluations", "before", "test", "bad_rows", "left_out", "skipped_steps")
 
 Main = Callable[[Any], None]
+Reference = Callable[..., Path]
+"""`reference(options, ranks)` gives the folder of an uninterrupted run."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.faults.jobs import Ended, Job, differences, finish
+from tests.faults.jobs import Ended, Job, Reference, differences, finish
 from tests.faults.trapped import Naps, Trap, main
 from tests.recipes.launching import ROOT
 from toolkit.checkpoint.attempts import Attempts, ledgers
@@ -29,8 +29,6 @@ LIMIT = 2.0
 """Seconds without progress, in most of these runs."""
 STEPS = 16
 
-Reference = Callable[..., Path]
-
 
 @pytest.fixture
 def job(tiny_job: list[str]) -> list[str]:
@@ -39,21 +37,6 @@ def job(tiny_job: list[str]) -> list[str]:
         *(*tiny_job, "--train.steps", str(STEPS), "--train.eval_batch", "2"),
         *("--checkpoint.every", "3", "--run.hang_seconds", str(LIMIT)),
     ]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Uninterrupted runs, each made once."""
-    made: dict[Any, Path] = {}
-
-    def whole(options: Sequence[str], ranks: int = 2) -> Path:
-        key = (tuple(options), ranks)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("whole") / "run"
-            finish(options, made[key], ranks)
-        return made[key]
-
-    return whole
 
 
 def spring(trap: Trap, options: Sequence[str], run: Path, ranks: int = 2) -> Ended:
@@ -110,13 +93,13 @@ def test_a_stopped_rank(trap: Trap, job: list[str], reference: Reference, tmp_pa
     assert found["ranks"][other]["sign"] == "answered"
     assert found["seconds_without_progress"] >= LIMIT
     assert "toolkit/engine.py" in stacks(run, other) or "toolkit/world.py" in stacks(run, other)
-    check_going_on(job, run, reference(job))
+    check_going_on(job, run, reference(job, 2))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_is_asleep_in_its_data(workers: int, job: list[str], reference: Reference, tmp_path: Path) -> None:
     run, options = tmp_path / "run", [*job, "--data.workers", str(workers)]
-    sample = sample_of(reference(job), 9, 1)
+    sample = sample_of(reference(job, 2), 9, 1)
     one = Job(options, run, 2, functools.partial(main, trap=Naps(naps={("data", sample, 1): 120.0})))
     one.until_step(8)
     family = [child for rank in one.ranks for child in psutil.Process(rank.pid).children()]
@@ -129,7 +112,7 @@ def test_a_rank_that_is_asleep_in_its_data(workers: int, job: list[str], referen
     assert ("pass_by" if not workers else "_try_get_data") in stacks(run, 1)
     assert "all_reduce" in stacks(run, 0)
     assert not psutil.wait_procs(family, timeout=15)[1], "workers are left"
-    check_going_on(options, run, reference(job))
+    check_going_on(options, run, reference(job, 2))
 
 
 @pytest.mark.slow
@@ -139,7 +122,7 @@ def test_a_process_alone(job: list[str], reference: Reference, tmp_path: Path) -
     assert ended.codes == [HANGS]
     assert summary(run)["late"] == []
     assert "pass_by" in stacks(run, 0)
-    check_going_on(job, run, reference(job, 1), 1)
+    check_going_on(job, run, reference(job), 1)
 
 
 @pytest.mark.slow
@@ -165,7 +148,7 @@ def test_what_takes_its_time_is_no_hang(job: list[str], reference: Reference, tm
     ended = spring(Naps(naps=naps | {("model", 1, 0): 2 * LIMIT}), job, tmp_path / "run")
     assert ended.codes == [0, 0], ended.text
     assert not (tmp_path / "run" / "hangs").exists()
-    assert differences(tmp_path / "run", reference(job)) == []
+    assert differences(tmp_path / "run", reference(job, 2)) == []
 
 
 def test_a_slow_rank_is_named_and_spared(tiny_job: list[str], tmp_path: Path) -> None:
@@ -210,7 +193,7 @@ def test_the_watch_can_be_switched_off(job: list[str], reference: Reference, tmp
     options = [*job, "--run.hang_seconds", "None"]
     ended = spring(Naps(naps={("step", 9, 1): 16.0}), options, tmp_path / "run")  # the default allows 10
     assert ended.codes == [0, 0], ended.text
-    assert differences(tmp_path / "run", reference(job)) == []
+    assert differences(tmp_path / "run", reference(job, 2)) == []
 
 
 @pytest.mark.parametrize("minimum", ["3.0", "math.inf"])

@@ -6,14 +6,13 @@ import functools
 import hashlib
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
 
-from tests.faults.jobs import Ended, Job, curves, differences, figures, finish, report, said
+from tests.faults.jobs import Ended, Job, Reference, curves, differences, figures, finish, report, said
 from tests.faults.trapped import BREAK, Trap, main
 from tests.ranks import RankFailed, on_ranks
 from tests.recipes.launching import recipe
@@ -40,8 +39,6 @@ EVERYWHERE = [
 TERM = signal.SIGTERM
 ONE_AND_TWO = [("single", 1), pytest.param("ddp", 2, marks=pytest.mark.slow)]
 
-Reference = Callable[..., Path]
-
 
 @pytest.fixture
 def job(tiny_job: list[str]) -> list[str]:
@@ -51,21 +48,6 @@ def job(tiny_job: list[str]) -> list[str]:
         *("--train.micro_batch", "2", "--train.eval_batch", "4"),
         *("--checkpoint.every", "3", "--checkpoint.crash_limit", "99"),
     ]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Uninterrupted runs, each made once."""
-    made: dict[Any, Path] = {}
-
-    def whole(options: Sequence[str], ranks: int = 1) -> Path:
-        key = (tuple(options), ranks)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("whole") / "run"
-            finish(options, made[key], ranks)
-        return made[key]
-
-    return whole
 
 
 def spring(trap: Trap, options: Sequence[str], run: Path, ranks: int = 1) -> Ended:

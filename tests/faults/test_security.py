@@ -273,6 +273,32 @@ def test_an_index_that_leads_out_of_the_folder(
         use(model)
 
 
+def test_a_snapshot_of_the_hubs_cache_is_made_of_links(model: Path, tmp_path: Path) -> None:
+    """As the hub's client lays models down: names in the snapshot lead to blobs beside it."""
+    tensors, index = load_file(model / "model.safetensors"), {"metadata": {}, "weight_map": {}}
+    names = sorted(tensors)
+    (model / "model.safetensors").unlink()
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        save_file({name: tensors[name] for name in part}, model / f"model-{number}.safetensors", {"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(part, f"model-{number}.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    cached = tmp_path / "models--someone--model"
+    snapshot, blobs = cached / "snapshots" / "0123abc", cached / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in model.iterdir():
+        path.rename(blobs / f"sha_{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/sha_{path.name}")
+    loaded = trained_from(snapshot).state_dict()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in names)
+    outside = tmp_path / "outside.safetensors"
+    (blobs / "sha_model-2.safetensors").rename(outside)
+    (snapshot / "model-2.safetensors").unlink()
+    (snapshot / "model-2.safetensors").symlink_to(outside)
+    with pytest.raises(ModelError, match="symbolic link"):
+        trained_from(snapshot)
+
+
 def write_index(model: Path, name: str) -> None:
     """One that says that all weights are in that file; what is beside it is no longer read."""
     names = load_file(model / "model.safetensors")

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.faults.jobs import Ended, Job, curve, differences, finish, last_step
+from tests.faults.jobs import Ended, Job, Reference, curve, differences, finish, last_step
 from tests.faults.trapped import Naps, Trap, main
 from tests.recipes.launching import RECIPE, ROOT, environment, start
 from toolkit.checkpoint.attempts import Attempts
@@ -34,8 +34,6 @@ STOPPED = RESUMABLE_EXIT_CODE
 EPOCH, STEPS = 7, 16
 PROMPTLY = 20.0
 """Seconds from a signal to the end of the last process, most of which it takes to draw the report."""
-
-Reference = Callable[..., Path]
 
 
 @pytest.fixture
@@ -51,21 +49,6 @@ def job(tiny_job: list[str]) -> list[str]:
 def long_job(tiny_job: list[str]) -> list[str]:
     """Some seconds of steps."""
     return [*tiny_job, "--train.steps", "200", "--run.eval_every", "50"]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Uninterrupted runs, each made once."""
-    made: dict[Any, Path] = {}
-
-    def whole(options: Sequence[str], ranks: int = 1) -> Path:
-        key = (tuple(options), ranks)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("whole") / "run"
-            finish(options, made[key], ranks)
-        return made[key]
-
-    return whole
 
 
 def check_no_step_is_lost(run: Path, reference: Path) -> None:

@@ -14,14 +14,14 @@ from tests.faults.saving import Crew, Trainer, watched
 from tests.ranks import on_ranks
 from toolkit.checkpoint.manifest import DIGEST, MANIFEST, inspect
 from toolkit.checkpoint.restore import newest_good
-from toolkit.checkpoint.store import QUARANTINE_KEEPS, Store
+from toolkit.checkpoint.store import POINTER, QUARANTINE_KEEPS, Store
 from toolkit.errors import CheckpointError
 from toolkit.world import world
 
 NAMES = ("first", "second")
 
 
-def write(store: Store, step: int, loss: float | None = None, attempt: int = 1) -> Path:
+def write(store: Store, step: int, loss: float | None = None, attempt: int = 1, best_step: int | None = None) -> Path:
     """A small checkpoint that is good."""
     aside = store.aside(step, attempt)
     store.begin(aside)
@@ -30,7 +30,8 @@ def write(store: Store, step: int, loss: float | None = None, attempt: int = 1) 
         (aside / name).write_bytes(content)
     files = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
     metrics = {} if loss is None else {"validation_loss": loss}
-    return store.commit(aside, step, {"step": step, "metrics": metrics, "files": files})
+    state = {} if best_step is None else {"state": {"best_step": best_step}}
+    return store.commit(aside, step, {"step": step, "metrics": metrics, "files": files} | state)
 
 
 def steps(store: Store) -> list[int]:
@@ -93,6 +94,23 @@ def test_retention_keeps_the_best_one_beside_the_newest(store: Store) -> None:
     store.retain(2, best=True)
     assert steps(store) == [8, 7]
     assert store.best() == store.folder / "step_00000008"
+
+
+def test_the_best_one_may_have_been_evaluated_after_it_was_saved(store: Store) -> None:
+    write(store, 1, 0.5, best_step=1)
+    write(store, 2, None, best_step=1)  # a signal put its evaluation off; the next attempt made it
+    write(store, 3, 0.4, best_step=2)
+    store.retain(1, best=True)
+    assert steps(store) == [3, 2]
+    assert store.best() == store.folder / "step_00000002"
+
+
+def test_a_pointer_that_cannot_move_is_no_lost_checkpoint(store: Store) -> None:
+    write(store, 1)
+    (store.folder / f".{POINTER}").mkdir()
+    write(store, 2)
+    assert store.pointer() == 1
+    assert newest(store) == (2, [])
 
 
 def test_the_best_one_gives_way_when_it_is_damaged(store: Store) -> None:

