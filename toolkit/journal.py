@@ -63,9 +63,12 @@ class Journal:
         self._console.note(f"validation after step {step}: {shown}")
         self._log({f"validation/{key}": value for key, value in figures.items()}, step)
 
-    def end(self, status: str, progress: Progress, seconds: float, attempt: int) -> None:
-        """Write report.json and report.html. For rank 0 alone."""
+    def close_report(self, status: str, progress: Progress, seconds: float, attempt: int) -> None:
+        """Enter how the run ended, and how far it came."""
         self.report |= {"status": status, "attempts": attempt} | progress.report(seconds)
+
+    def write_report(self) -> None:
+        """Write report.json and report.html. For rank 0 alone."""
         self._folder.write_report(self.report)
         write_html(self._folder.path)
 

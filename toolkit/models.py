@@ -48,6 +48,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
             "Copy the model into a folder and name one there: `pad_token` in tokenizer_config.json and "
             "`pad_token_id` in config.json.",
         )
+    for key in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(key, None)  # how this one was found has no place beside the model that is saved
     return tokenizer
 
 

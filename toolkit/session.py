@@ -304,7 +304,8 @@ class Session:
         self._save_model()
         command = f'toolkit predict {self.folder.path} "TEXT"' if self.config.checkpoint.save_model else ""
         self.describe(before=before, test=test, majority=majority, predict=command)
-        self.world.on_main(lambda: self._end_journal("finished"))
+        self._close_report("finished")
+        self.world.on_main(self._journal.write_report)
         self._journal.summary()
 
     def __exit__(
@@ -332,7 +333,8 @@ class Session:
         if error is not None and self.world.main and "test" not in self._journal.report:
             with contextlib.suppress(ToolkitError):
                 self.describe(**{"error": str(error)} if str(error) else {})
-                self._end_journal(status)
+                self._close_report(status)
+                self._journal.write_report()
                 self.console.note(f"the report so far: {self.folder.html_path}")
         if agreed:
             self._journal.close()
@@ -539,8 +541,8 @@ class Session:
         self.folder.write_config(to_yaml(self.config))
         self.folder.write_manifest(manifest(self.strategy, self.schedule, self.config, data_fingerprint))
 
-    def _end_journal(self, status: str) -> None:
-        self._journal.end(status, self._progress, self._seconds, self._recovery.attempt)
+    def _close_report(self, status: str) -> None:
+        self._journal.close_report(status, self._progress, self._seconds, self._recovery.attempt)
 
     def _save_model(self) -> None:
         if not self.config.checkpoint.save_model:

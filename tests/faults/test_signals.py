@@ -294,7 +294,13 @@ def test_a_launcher_that_ended_before_the_run_began(tmp_path: Path) -> None:
 def test_the_end_of_a_shell_is_no_wish(long_job: list[str], reference: Reference, tmp_path: Path) -> None:
     """And after `nohup`, neither is the end of the terminal."""
     command = f"nohup {sys.executable} {RECIPE} {' '.join(long_job)} --run.dir run > out 2>&1 & echo $!"
-    shell = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    shell = subprocess.run(
+        ["sh", "-c", command],
+        cwd=tmp_path,
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     process = psutil.Process(int(shell.stdout))
     wait_until(lambda: last_step(tmp_path / "run") >= 3)
     process.send_signal(HUP)
