@@ -35,6 +35,7 @@ def train(run: str, steps: int, every: int) -> tuple[str, int]:
     return digest, during
 
 
+@pytest.mark.slow
 def test_a_save_does_not_touch_training(tmp_path: Path) -> None:
     """Its collectives go between those of many steps, which give the same bits as without."""
     alone = on_ranks(train, 2, str(tmp_path / "alone"), 60, 0)

@@ -72,14 +72,15 @@ def sample_of(run: Path, step: int, rank: int) -> int:
 # Runs that hang
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trap",
     [
         Trap("step", 9, 1, STOP),
-        pytest.param(Trap("step", 12, 0, STOP), marks=pytest.mark.slow),
-        pytest.param(Trap("validation", 4, 1, STOP), marks=pytest.mark.slow),
-        pytest.param(Trap("logged", 9, 0, STOP), marks=pytest.mark.slow),  # it has begun to save
-        pytest.param(Trap("test", 3, 1, STOP), marks=pytest.mark.slow),
+        Trap("step", 12, 0, STOP),
+        Trap("validation", 4, 1, STOP),
+        Trap("logged", 9, 0, STOP),  # it has begun to save
+        Trap("test", 3, 1, STOP),
     ],
     ids=lambda trap: f"{trap.place}-{trap.rank}",
 )
@@ -141,6 +142,7 @@ def test_how_long_it_takes_by_default(tiny_job: list[str], tmp_path: Path) -> No
 # Runs that do not
 
 
+@pytest.mark.slow
 def test_what_takes_its_time_is_no_hang(job: list[str], reference: Reference, tmp_path: Path) -> None:
     """The first step, each of many batches of an evaluation, and writing the model, on one rank or the other."""
     naps = {("step", 1, 1): 2 * LIMIT, ("validation", 0, 0): 0.3 * LIMIT, ("base", 1, 0): LIMIT, ("model", 1, 0): LIMIT}
@@ -151,6 +153,7 @@ def test_what_takes_its_time_is_no_hang(job: list[str], reference: Reference, tm
     assert differences(tmp_path / "run", reference(job, 2)) == []
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named_and_spared(tiny_job: list[str], tmp_path: Path) -> None:
     """One rank takes three times as long as a usual step, a hundred times."""
     run, steps = tmp_path / "run", 100

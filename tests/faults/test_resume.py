@@ -128,7 +128,8 @@ def test_the_loss_scale_of_fp16(job: list[str], reference: Reference, tmp_path: 
     assert all(line["loss_scale"] > 1 for line in figures(run))
 
 
-@pytest.mark.parametrize(("name", "ranks"), ONE_AND_TWO)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks"), [("single", 1), ("ddp", 2)])
 def test_stopped_with_an_evaluation_pending(
     name: str, ranks: int, job: list[str], reference: Reference, tmp_path: Path
 ) -> None:
@@ -153,7 +154,7 @@ def test_stopped_with_an_evaluation_pending(
     assert steps == [(0, 0), (0, 7), (7, 7), (7, 9), (9, 16), (16, 16), (16, 16), (16, 16)]
 
 
-@pytest.mark.parametrize("keep", [9, 1])
+@pytest.mark.parametrize("keep", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_best_weights_and_early_stopping_survive(
     keep: int, job: list[str], reference: Reference, tmp_path: Path
 ) -> None:
