@@ -37,7 +37,6 @@ EVERYWHERE = [
     Trap("finished"),
 ]
 TERM = signal.SIGTERM
-ONE_AND_TWO = [("single", 1), pytest.param("ddp", 2, marks=pytest.mark.slow)]
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def check_bits(
     return run
 
 
-@pytest.mark.parametrize(("name", "ranks"), ONE_AND_TWO)
+@pytest.mark.parametrize(("name", "ranks"), [("single", 1), pytest.param("ddp", 2, marks=pytest.mark.slow)])
 def test_killed_at_every_place(name: str, ranks: int, job: list[str], reference: Reference, tmp_path: Path) -> None:
     run = check_bits(job, reference, tmp_path, EVERYWHERE, ranks, "--strategy.name", name)
     steps = [attempt.from_step for attempt in Attempts(run).read()]

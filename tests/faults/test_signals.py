@@ -212,21 +212,21 @@ def test_a_second_wish_ends_at_once(job: list[str], reference: Reference, tmp_pa
     assert differences(run, reference(options, 2)) == []
 
 
-def test_before_there_is_anything_to_save(job: list[str], reference: Reference, tmp_path: Path) -> None:
+def test_before_there_is_anything_to_save(long_job: list[str], reference: Reference, tmp_path: Path) -> None:
     """While processes start, connect and open their folder, a signal ends them as it ends any other."""
     run = tmp_path / "run"
     for seconds, number in ((0.1, TERM), (0.5, INT), (1.0, TERM)):
-        one = Job(job, run, 2)
+        one = Job(long_job, run, 2)
         time.sleep(seconds)
         sent = time.monotonic()
         one.kill(number=number)
         assert 0 not in one.wait(timeout=PROMPTLY).codes
         assert time.monotonic() - sent < PROMPTLY
-    ended = spring(Trap("setup", 1, 0, TERM), job, run, 2)
+    ended = spring(Trap("setup", 1, 0, TERM), long_job, run, 2)
     assert ended.codes[0] == -TERM
     assert ended.codes[1] != 0, "it has lost the other one"
-    finish(job, run, 2)
-    assert differences(run, reference(job, 2)) == []
+    finish(long_job, run, 2)
+    assert differences(run, reference(long_job, 2)) == []
 
 
 # Without a reader, a parent, a place of one's own
