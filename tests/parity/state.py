@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.parity.job import GLOBAL_BATCH, Recording, tiny_bert, tiny_data
-from toolkit.checkpoint.tensors import read_tensors, write_tensors
+from toolkit.checkpoint.tensors import own_share, read_tensors, write_tensors
 from toolkit.config import OptimConfig, StrategyConfig
 from toolkit.data.loader import Loader, batch_shape
 from toolkit.engine import train_step
@@ -61,11 +61,10 @@ def pass_on(stage: Stage, source: str, target: str) -> list[float]:
     for step in loader.steps(stage.steps[1], stage.steps[0]):
         task.seen.append([])
         losses.append(train_step(strategy, task, step, learning_rate=1e-3, seed=5).loss)
-    copies = {
-        name: FlatShard(shard.data.clone(), shard.start, shard.shape) for name, shard in strategy.shards().items()
-    }
-    group = dist.new_group(backend="gloo") if w.size > 1 else None
-    write_tensors(Path(target), copies, group)
+    group, shards = dist.new_group(backend="gloo") if w.size > 1 else None, strategy.shards()
+    share = own_share(shards, group)
+    copies = {name: FlatShard(shards[name].data.clone(), shards[name].start, shards[name].shape) for name in share}
+    write_tensors(Path(target), copies, w.rank)
     strategy.teardown()
     w.close()
     return losses

@@ -68,12 +68,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         pinned = world.device.type == "cuda"
+        shards = strategy.shards()
+        # What several ranks hold, one of them copies, checks and writes.
         self._staged = {
-            name: FlatShard(torch.empty_like(shard.data, device="cpu", pin_memory=pinned), shard.start, shard.shape)
-            for name, shard in strategy.shards().items()
+            name: FlatShard(
+                torch.empty_like(shards[name].data, device="cpu", pin_memory=pinned),
+                shards[name].start,
+                shards[name].shape,
+            )
+            for name in own_share(shards, self._group)
         }
         self._stage()  # memory that has not been touched is slow the first time
-        self._share = own_share(self._staged, self._group)
 
     @property
     def failed(self) -> bool:
@@ -123,7 +128,9 @@ class Saver:
     def _stage(self) -> None:
         shards = self._strategy.shards()
         torch._foreach_copy_(
-            [self._staged[name].data for name in shards], [shard.data for shard in shards.values()], non_blocking=True
+            [staged.data for staged in self._staged.values()],
+            [shards[name].data for name in self._staged],
+            non_blocking=True,
         )
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -174,7 +181,7 @@ class Saver:
         """Size and digest of each file that this rank wrote; or what went wrong, so that all ranks hear of it."""
         own = aside / f"rank_{self._world.rank:05d}.json"
         try:
-            files = write_tensors(aside, self._staged, self._group, self._share)
+            files = write_tensors(aside, self._staged, self._world.rank)
             return files | {own.name: write_file(own, (json.dumps(rank_state) + "\n").encode())}, ""
         except Exception as error:
             return {}, f"{type(error).__name__} on rank {self._world.rank}: {error}"

@@ -8,7 +8,7 @@ safetensors, whose headers say where a range begins: there is no pickle to be re
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,35 +59,29 @@ def own_share(shards: Mapping[str, FlatShard], group: dist.ProcessGroup | None) 
         own, plans = plans[0], [None] * dist.get_world_size(group)
         dist.all_gather_object(plans, own, group=group)
     shared, _ = planner.create_global_plan(plans)  # alike on all ranks
-    return [item.index.fqn for item in shared[_rank(group)].items]
+    rank = 0 if group is None else dist.get_rank(group)
+    return [item.index.fqn for item in shared[rank].items]
 
 
-def write_tensors(
-    folder: Path,
-    shards: Mapping[str, FlatShard],
-    group: dist.ProcessGroup | None,
-    share: Sequence[str] | None = None,
-) -> dict[str, tuple[int, str]]:
-    """Write the shards of all ranks into `folder`, flushed to the disk. Collective over `group` without a `share`.
+def write_tensors(folder: Path, shards: Mapping[str, FlatShard], rank: int) -> dict[str, tuple[int, str]]:
+    """Write what is this rank's share into `folder`, flushed to the disk. Not collective.
 
     They are written from where they lie: safetensors' own `save` copies the whole file twice, and training would stand
     still, because it holds the interpreter's lock while it does.
 
     Args:
         folder: to be; all ranks write to the same.
-        shards: of this rank, in the memory of the CPU and apart from each other.
-        group: of gloo; None for a process alone.
-        share: what `own_share` gave for them.
+        shards: in the memory of the CPU and apart from each other; of what several ranks hold, see `own_share`.
+        rank: names the file.
 
     Returns:
         For each file that this rank wrote, its size in bytes and its SHA-256.
     """
-    mine = {name: shards[name] for name in (own_share(shards, group) if share is None else share)}
-    if not mine:
+    if not shards:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"shard_{_rank(group) + 1:05d}.safetensors"
-    return {path.name: write_file(path, *_safetensors(mine))}
+    path = folder / f"shard_{rank + 1:05d}.safetensors"
+    return {path.name: write_file(path, *_safetensors(shards))}
 
 
 def read_tensors(folder: Path, shards: Mapping[str, FlatShard]) -> None:
@@ -169,10 +163,6 @@ def _check(folder: Path, name: str, shard: FlatShard, stored: Any) -> None:
             f"{folder} holds {covered} of the {shard.total} elements of {name}",
             "Run `toolkit checkpoint verify` on it.",
         )
-
-
-def _rank(group: dist.ProcessGroup | None) -> int:
-    return 0 if group is None else dist.get_rank(group)
 
 
 def _safetensors(shards: Mapping[str, FlatShard]) -> list[bytes | memoryview]:
