@@ -131,7 +131,8 @@ class Zero(Strategy):
         return found | {f"buffers/{name}": whole(buffer) for name, buffer in persistent_buffers(self.module)}
 
     def loaded(self) -> None:
-        """Round the masters into the weights that forward and backward use."""
+        """Round the masters, and what is frozen, into the weights that forward and backward use."""
+        self._put_back_frozen()
         if self.stage != 3:
             self.optimizer.update_lp_params()
             return
@@ -198,6 +199,15 @@ class Zero(Strategy):
         self.engine.destroy()
         del self.engine, self.optimizer
         super().teardown()
+
+    def _put_back_frozen(self) -> None:
+        deepspeed = import_deepspeed(self.world.device)
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                if name in self._frozen:
+                    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                        if self.stage != 3 or self.world.main:
+                            parameter.copy_(self._frozen[name])
 
     def _partitions(self) -> list[torch.Tensor]:
         """The fp32 shards that the optimizer of this rank steps."""
