@@ -16,9 +16,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from toolkit import samples
-from toolkit.checkpoint.folders import refuse_strays
 from toolkit.config import ModelConfig
 from toolkit.errors import ConfigError, ModelError
+from toolkit.folders import refuse_strays
 
 HUB_PATIENCE = 20.0
 """Seconds that the hub has to answer in."""

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from toolkit.checkpoint.attempts import Attempts
 from toolkit.config import CheckpointConfig, RunConfig, plain
 from toolkit.errors import CheckpointError, ConfigError, DataError, LaunchError, ToolkitError, nearest
+from toolkit.folders import run_lock
 from toolkit.report import RunFolder, redact
 from toolkit.world import World
 
@@ -112,7 +113,7 @@ def lock(folder: Path) -> FileLock:
     Raises:
         LaunchError: another process does.
     """
-    held = FileLock(RunFolder(folder).lock_path)
+    held = run_lock(folder)
     try:
         held.acquire(timeout=LOCK_SECONDS, poll_interval=0.2)
     except Timeout as error:

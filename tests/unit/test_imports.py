@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = (
     "errors",
+    "folders",
     "environment",
     "signals",
     "watchdog",
@@ -39,6 +40,7 @@ FLOORS = (
     "progress",
     "recovery",
     "report",
+    "journal",
     "overview",
     "runs",
     "session",

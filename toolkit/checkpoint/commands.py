@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint import removal
-from toolkit.checkpoint.folders import refuse_taken
 from toolkit.checkpoint.listing import (
     Item,
     best_of,
@@ -31,6 +30,7 @@ from toolkit.checkpoint.listing import (
 from toolkit.checkpoint.screen import count, facts, human_size, plain, reading, show_table
 from toolkit.checkpoint.store import Store
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.folders import refuse_taken
 from toolkit.requirements import check_versions
 
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?[KMGT]B")  # as in checkpoint.max_shard_size

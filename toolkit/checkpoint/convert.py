@@ -10,9 +10,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from toolkit.checkpoint.folders import written_aside
 from toolkit.checkpoint.foreign import read_foreign
 from toolkit.checkpoint.joined import Joined
+from toolkit.folders import written_aside
 
 STATE = "state.json"
 TENSORS = "tensors.safetensors"

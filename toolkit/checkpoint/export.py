@@ -17,9 +17,9 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from toolkit.checkpoint.folders import written_aside
 from toolkit.checkpoint.joined import load_weights, state_digest
 from toolkit.errors import CheckpointError, ModelError
+from toolkit.folders import written_aside
 from toolkit.strategies.deepspeed_config import quiet
 
 __all__ = [

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from toolkit.checkpoint.folders import contained, refuse_strays
 from toolkit.errors import CheckpointError
+from toolkit.folders import contained, refuse_strays
 
 METADATA = ".metadata"
 

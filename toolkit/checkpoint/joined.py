@@ -18,8 +18,8 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from toolkit.checkpoint.folders import contained
 from toolkit.errors import CheckpointError
+from toolkit.folders import contained
 
 _SHARDING = "DCP_SHARDING_INFO"
 

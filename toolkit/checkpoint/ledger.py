@@ -16,8 +16,9 @@ from safetensors.numpy import save
 
 from toolkit.checkpoint.attempts import ledger_folder
 from toolkit.checkpoint.lines import writing
-from toolkit.checkpoint.manifest import sync_folder, write_file
+from toolkit.checkpoint.manifest import write_file
 from toolkit.errors import CheckpointError
+from toolkit.folders import sync_folder
 
 PLAN = "plan.json"
 IDS = "ids.safetensors"

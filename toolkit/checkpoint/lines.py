@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from toolkit.checkpoint.manifest import sync_folder
 from toolkit.errors import CheckpointError
+from toolkit.folders import sync_folder
 
 BLOCK = 1 << 16
 

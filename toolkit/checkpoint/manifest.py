@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from toolkit.folders import sync_folder
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 DIGEST = f"{MANIFEST}.sha256"
@@ -163,15 +165,6 @@ def write_file(path: Path, *parts: bytes | memoryview) -> tuple[int, str]:
         error.filename = error.filename or str(path)  # a full disk does not say which
         raise
     return sum(map(len, parts)), digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to the disk, so that a rename survives a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> bytes:

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from toolkit.checkpoint.listing import Item, examine, in_quarantine, open_store, path_of, size_of
-from toolkit.checkpoint.manifest import sync_folder
 from toolkit.checkpoint.screen import human_size, plain, reading
 from toolkit.checkpoint.store import POINTER, Store
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.report.folder import RunFolder
+from toolkit.folders import run_lock, sync_folder
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -115,7 +114,7 @@ def _held(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: one of them does, or the folder cannot be written to.
     """
-    lock = FileLock(RunFolder(folder).lock_path)
+    lock = run_lock(folder)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

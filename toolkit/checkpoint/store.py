@@ -22,11 +22,11 @@ from toolkit.checkpoint.manifest import (
     Damaged,
     check_files,
     read_manifest,
-    sync_folder,
     write_file,
     write_manifest,
 )
 from toolkit.errors import CheckpointError
+from toolkit.folders import sync_folder
 
 ASIDE = ".writing_"
 REMOVING = ".removing_"

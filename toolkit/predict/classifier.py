@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import transformers
 
-from toolkit.checkpoint.folders import refuse_strays
 from toolkit.data.tokenize import encode
 from toolkit.errors import ConfigError, DataError, ModelError, NumericsError
+from toolkit.folders import refuse_strays
 from toolkit.predict.prediction import Prediction
 from toolkit.predict.saved import SavedModel, first_line
 

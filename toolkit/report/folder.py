@@ -68,7 +68,6 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.report_path = self.path / "report.json"
         self.html_path = self.path / "report.html"
-        self.lock_path = self.path / ".lock"
 
     def write_config(self, yaml_text: str) -> None:
         """Write the resolved configuration as it stands, or with its secrets blanked where it has any."""

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
-from toolkit.checkpoint.manifest import sync_folder
 from toolkit.errors import CheckpointError
 
 
@@ -99,6 +99,20 @@ def refuse_taken(target: Path) -> None:
         raise CheckpointError(
             f"{target} is there already, and is not an empty folder", "Name a new folder, or remove this one."
         )
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the entries of a folder to the disk, so that a rename survives a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def run_lock(run: Path) -> FileLock:
+    """What a run's processes hold while they write to its folder."""
+    return FileLock(run / ".lock")
 
 
 def _finish(folder: Path) -> None:
