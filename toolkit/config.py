@@ -107,6 +107,8 @@ class TrainConfig:
     """Samples of one forward pass on one rank in evaluation."""
     max_grad_norm: Positive | None = 1.0
     """Clip the gradient to this global norm; `None` does not clip."""
+    padding_free: Literal["auto", "on", "off"] = "auto"
+    """Compute on real tokens alone, with attention within each text: `auto` where the model's outputs stay the same."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes in the training loss."""
     on_fault: Literal["stop", "rewind"] = "stop"

@@ -29,7 +29,8 @@ FREE = (
 """Keys and sections that change nothing in what a run computes: they may always differ."""
 SAFE = (
     *("strategy", "precision", "optim", "train.micro_batch", "train.eval_batch", "train.steps", "train.epochs"),
-    *("train.max_grad_norm", "train.label_smoothing", "train.on_fault", "train.spike", "train.max_rewinds"),
+    *("train.max_grad_norm", "train.label_smoothing", "train.padding_free"),
+    *("train.on_fault", "train.spike", "train.max_rewinds"),
     *("run.eval_every", "run.early_stopping"),
 )
 """Keys and sections with which a run can go on in another way, where `--checkpoint.allow_change` says so."""

@@ -30,6 +30,7 @@ from toolkit.numerics import LossGuard
 from toolkit.optim import Schedule, adamw, build_schedule
 from toolkit.overview import manifest, overview
 from toolkit.pace import Pace
+from toolkit.padding_free import remove_padding
 from toolkit.precision import choose_precision
 from toolkit.progress import Progress
 from toolkit.recovery import Recovery
@@ -163,6 +164,7 @@ class Session:
             "the initial weights", [float(p.detach().double().sum()) for p in model.parameters()]
         )
         total, trainable = parameter_counts(model)
+        padding = self._remove_padding(model)
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim))
         self._tokenizer = tokenizer
         self._folder = RunFolder(self.world.on_main(self._open_folder))
@@ -176,6 +178,7 @@ class Session:
         rows = {section: {name: redact(value) for name, value in values.items()} for section, values in plan.items()}
         rows["model"] = rows.get("model", {}) | parameters
         rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
+        rows["training"]["padding"] = padding
         self.world.on_main(lambda: self._write_manifest(data_fingerprint))
         module: Any = self.strategy.module
         self.world.on_main(lambda: write_base(module, tokenizer, self.folder.path / "base"))
@@ -527,6 +530,14 @@ class Session:
                 f"--run.early_stopping {run.early_stopping} has no effect on a run with {evaluations} evaluations",
                 "Set it lower, or evaluate more often with --run.eval_every.",
             )
+
+    def _remove_padding(self, model: nn.Module) -> str:
+        """What the plan says of it."""
+        wish = self.config.train.padding_free
+        why = "as asked" if wish == "off" else remove_padding(model)
+        if why and wish == "on":
+            raise ConfigError(f"--train.padding_free on has no effect on this model: {why}", "Leave it at auto.")
+        return f"to the longest of a micro-batch ({why})" if why else "none"
 
     def _open_folder(self) -> Path:
         folder = RunFolder(open_folder(self.recipe, self._run))

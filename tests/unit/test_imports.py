@@ -28,6 +28,7 @@ FLOORS = (
     "order",
     "precision",
     "models",
+    "padding_free",
     "quantization",
     "adapters",
     "data",

@@ -1,0 +1,201 @@
+"""Models without padding: the numbers of the padded ones, for networks of many families as transformers has them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers.models.bert.modeling_bert import BertLayer
+
+from toolkit.padding_free import IMPLEMENTATION, attend, remove_padding
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 500,
+    "max_position_embeddings": 200,
+    "pad_token_id": 0,
+    "num_labels": 3,
+}
+OF_GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 500, "pad_token_id": 0, "num_labels": 3}
+OF_DISTILBERT = {"dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 128, "vocab_size": 500, "num_labels": 3}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Bert": SIZES,
+    "Roberta": SIZES,
+    "Electra": SIZES | {"embedding_size": 32},
+    "DistilBert": OF_DISTILBERT,
+    "ModernBert": SIZES | {"local_attention": 24},
+    "GPT2": OF_GPT2,
+    "GPTNeoX": SIZES,
+    "OPT": SIZES | {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "Llama": SIZES | GROUPED,
+    "Mistral": SIZES | GROUPED | {"sliding_window": 16},
+    "Qwen3": SIZES | GROUPED,
+    "Phi3": SIZES | {"num_key_value_heads": 2},
+    "Gemma3Text": SIZES | GROUPED | {"sliding_window": 16},
+}
+LENGTHS = torch.tensor([5, 40, 17, 17, 63, 9, 22, 30, 12, 8, 51])
+MASK = (torch.arange(63) < LENGTHS[:, None]).long()
+IDS = torch.randint(3, 500, MASK.shape, generator=torch.Generator().manual_seed(0)) * MASK
+
+
+def pair(family: str, dropout: float = 0.0) -> tuple[Any, Any]:
+    """Two equal classifiers."""
+    config: PreTrainedConfig = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            setattr(config, name, dropout)
+    torch.manual_seed(0)
+    first = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    second = AutoModelForSequenceClassification.from_config(copy.deepcopy(config), dtype=torch.float32)
+    second.load_state_dict(first.state_dict())
+    return first.train(), second.train()
+
+
+def loss_and_gradient(model: Any, mask: torch.Tensor = MASK) -> tuple[float, torch.Tensor]:
+    logits = model(input_ids=IDS, attention_mask=mask).logits
+    loss = cross_entropy(logits, torch.arange(len(IDS)) % 3)
+    loss.backward()
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradient_are_those_of_the_padded_model(family: str) -> None:
+    padded, free = pair(family)
+    assert remove_padding(free) == ""
+    (loss, gradient), (loss_here, gradient_here) = loss_and_gradient(padded), loss_and_gradient(free)
+    assert loss_here == pytest.approx(loss, rel=1e-5)
+    assert float((gradient_here - gradient).norm() / gradient.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["Bert", "Llama"])
+def test_no_padding_is_computed(family: str) -> None:
+    """What the blocks and their attention see is the row of tokens."""
+    _, model = pair(family)
+    assert remove_padding(model) == ""
+    seen: set[torch.Size] = set()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.in_features == 128]
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, args, output: seen.add(output.shape[:-1]))
+    model(input_ids=IDS, attention_mask=MASK)
+    assert len(layers) == 3
+    assert seen == {torch.Size([1, int(LENGTHS.sum())])}
+    assert model.config._attn_implementation == IMPLEMENTATION
+
+
+@pytest.mark.parametrize("family", ["ModernBert", "Mistral"])
+def test_a_text_sees_no_other(family: str) -> None:
+    _, model = pair(family)
+    remove_padding(model)
+    before = model(input_ids=IDS, attention_mask=MASK).logits
+    others = IDS.clone()
+    others[4] = (others[4] * 7) % 497 + 3
+    after = model(input_ids=others, attention_mask=MASK).logits
+    changed = (before != after).any(1)
+    assert changed.nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_padding_may_stand_in_front(family: str) -> None:
+    padded, free = pair(family)
+    remove_padding(free)
+    front = {"input_ids": IDS.flip(1), "attention_mask": MASK.flip(1)}
+    torch.testing.assert_close(free(**front).logits, padded(**front).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Llama", "Mistral"])
+def test_texts_of_one_length_without_a_mask(family: str) -> None:
+    padded, free = pair(family)
+    remove_padding(free)
+    ids = IDS[[1, 4, 10], :40]
+    torch.testing.assert_close(free(input_ids=ids).logits, padded(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [MASK[:1, :5], torch.ones(3, 1), torch.ones(9, 7)], ids=["one", "tokens", "even"])
+def test_batches_with_nothing_to_remove(mask: torch.Tensor) -> None:
+    padded, free = pair("Bert")
+    remove_padding(free)
+    inputs = {"input_ids": IDS[: len(mask), : mask.shape[1]], "attention_mask": mask.long()}
+    torch.testing.assert_close(free(**inputs).logits, padded(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_on_in_training_alone() -> None:
+    _, model = pair("Bert", dropout=0.3)
+    remove_padding(model)
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    assert model.training
+    assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+    model.eval()
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_gradient_checkpointing_computes_the_same_again() -> None:
+    padded, free = pair("Llama")
+    remove_padding(free)
+    free.gradient_checkpointing_enable()
+    (_, gradient), (_, gradient_here) = loss_and_gradient(padded), loss_and_gradient(free)
+    assert float((gradient_here - gradient).norm() / gradient.norm()) < 1e-5
+
+
+class Mixing(BertLayer):
+    """A block that looks at all tokens at once, past its attention."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, *args, **kwargs) + hidden_states.mean(1, keepdim=True)
+
+
+class Counting(BertLayer):
+    """A block that knows how many texts there are."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, *args, **kwargs) + torch.ones(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"), [(Mixing, "its outputs would differ by"), (Counting, "it does not take a row of tokens")]
+)
+def test_a_block_that_does_more_is_found_out(block: type[BertLayer], reason: str) -> None:
+    padded, model = pair("Bert")
+    for one in (padded, model):
+        for layer in one.bert.encoder.layer:
+            layer.__class__ = block
+    assert reason in remove_padding(model)
+    inputs = {"input_ids": IDS[:3], "attention_mask": MASK[:3]}
+    torch.testing.assert_close(model(**inputs).logits, padded(**inputs).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.AlbertConfig(**SIZES | {"embedding_size": 32}), "its blocks are not all alike"),
+        (transformers.MPNetConfig(**SIZES), "its attention cannot be replaced"),
+        (transformers.BertConfig(**SIZES, attn_implementation="eager"), "its attention is to be eager"),
+        (
+            transformers.T5Config(
+                d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=500, decoder_start_token_id=0
+            ),
+            "it has an encoder and a decoder",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, PreTrainedConfig) else None,
+)
+def test_who_stays_as_he_was(config: PreTrainedConfig, reason: str) -> None:
+    model = AutoModelForSequenceClassification.from_config(config)
+    before = model.config._attn_implementation
+    assert reason in remove_padding(model)
+    assert model.config._attn_implementation == before
+
+
+def test_the_function_is_transformers_own_where_nothing_is_removed() -> None:
+    """`attend` without a model behind it is a mistake that is seen at once."""
+    with pytest.raises(AttributeError):
+        attend(nn.Linear(1, 1), *(torch.zeros(1, 2, 3, 4) for _ in range(3)), None)
