@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from toolkit.errors import ConfigError
 from toolkit.world import World
@@ -40,12 +44,6 @@ class Precision:
     def reduced(self) -> bool:
         """Whether it is narrower than fp32."""
         return self.name != "fp32"
-
-    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """Run products in this format and sums, norms and losses in fp32."""
-        if not self.reduced:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.dtype)
 
 
 def choose_precision(requested: str, world: World) -> Precision:
@@ -112,3 +110,49 @@ class LossScaler:
             return True
         self.scale, self.good_steps = max(self.scale / 2, MINIMUM_LOSS_SCALE), 0
         return False
+
+
+class Reduced:
+    """A model that computes with copies of its parameters in a lower precision, cast once a step.
+
+    The parameters stay as they are and get their gradients in their own precision: an optimizer sees fp32 alone.
+    Tables of embeddings are not copied, for a step reads few of their rows; what is read is cast.
+
+    Args:
+        model: wrapped or not.
+        dtype: of the copies, and of what the model computes.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model = model
+        self.dtype = dtype
+        self._copies: dict[bool, dict[str, torch.Tensor]] = {}
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and uses[id(m.weight)] == 1]
+        for table in tables:
+            table.register_forward_hook(lambda module, args, rows: rows.to(dtype))
+        self._as_they_are = {id(table.weight) for table in tables}
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """The model's outputs."""
+        with self._in_force():
+            return self.model(**{name: self._to_dtype(value) for name, value in inputs.items()})
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backpropagate; what is computed a second time for that is computed with the copies too."""
+        with self._in_force():
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def forget(self) -> None:
+        """The parameters have changed: drop the copies."""
+        self._copies = {}
+
+    def _in_force(self) -> contextlib.AbstractContextManager[Any]:
+        grad = torch.is_grad_enabled()
+        if grad not in self._copies:
+            parameters = self.model.named_parameters()
+            self._copies = {grad: {n: self._to_dtype(p) for n, p in parameters if id(p) not in self._as_they_are}}
+        return _reparametrize_module(self.model, self._copies[grad], tie_weights=True)
+
+    def _to_dtype(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype) if tensor.dtype == torch.float32 else tensor

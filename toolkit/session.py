@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from toolkit.checkpoint.export import write_base, write_model
+from toolkit.compute import remove_padding, replace_dropout
 from toolkit.config import RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
@@ -30,7 +31,6 @@ from toolkit.numerics import LossGuard
 from toolkit.optim import Schedule, adamw, build_schedule
 from toolkit.overview import manifest, overview
 from toolkit.pace import Pace
-from toolkit.padding_free import remove_padding
 from toolkit.precision import choose_precision
 from toolkit.progress import Progress
 from toolkit.recovery import Recovery
@@ -165,6 +165,8 @@ class Session:
         )
         total, trainable = parameter_counts(model)
         padding = self._remove_padding(model)
+        if self.world.device.type == "cpu":
+            replace_dropout(model)
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim))
         self._tokenizer = tokenizer
         self._folder = RunFolder(self.world.on_main(self._open_folder))

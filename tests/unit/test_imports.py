@@ -28,7 +28,7 @@ FLOORS = (
     "order",
     "precision",
     "models",
-    "padding_free",
+    "compute",
     "quantization",
     "adapters",
     "data",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from toolkit.padding_free import IMPLEMENTATION, attend, remove_padding
+from toolkit.compute.padding_free import IMPLEMENTATION, attend, remove_padding
+from toolkit.compute.texts import ROW
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -88,7 +90,7 @@ def test_no_padding_is_computed(family: str) -> None:
         layer.register_forward_hook(lambda layer, args, output: seen.add(output.shape[:-1]))
     model(input_ids=IDS, attention_mask=MASK)
     assert len(layers) == 3
-    assert seen == {torch.Size([1, int(LENGTHS.sum())])}
+    assert seen == {torch.Size([1, math.ceil(int(LENGTHS.sum()) / ROW) * ROW])}
     assert model.config._attn_implementation == IMPLEMENTATION
 
 

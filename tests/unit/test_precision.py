@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from toolkit.errors import ConfigError
-from toolkit.precision import INITIAL_LOSS_SCALE, MINIMUM_LOSS_SCALE, LossScaler, Precision, choose_precision, has_bf16
+from toolkit.precision import (
+    INITIAL_LOSS_SCALE,
+    MINIMUM_LOSS_SCALE,
+    LossScaler,
+    Precision,
+    Reduced,
+    choose_precision,
+    has_bf16,
+)
 from toolkit.world import World, world
 
 CPU = torch.device("cpu")
@@ -62,23 +73,60 @@ def test_bf16_of_this_cpu() -> None:
 # What it does.
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "reduced"),
-    [("fp32", torch.float32, False), ("bf16", torch.bfloat16, True), ("fp16", torch.float16, True)],
-)
-def test_products_run_in_the_format_and_losses_in_fp32(name: str, dtype: torch.dtype, reduced: bool) -> None:
-    precision = Precision(name)
-    assert (precision.dtype, precision.reduced) == (dtype, reduced)
-    weight = torch.ones(4, 4, requires_grad=True)
-    with precision.autocast(CPU):
-        product = torch.ones(2, 4) @ weight
-        loss = torch.nn.functional.cross_entropy(product, torch.tensor([0, 1]))
-    loss.backward()
-    assert product.dtype == dtype
-    assert loss.dtype == torch.float32
-    assert weight.dtype == torch.float32
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32
+class Net(nn.Module):
+    """A table, one layer, and a head that shares the table's weights where it is tied."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+        self.seen: list[torch.dtype] = []
+        if tied:
+            self.head.weight = self.table.weight
+
+    def block(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.seen += [hidden.dtype, self.layer.weight.dtype]
+        return self.layer(hidden).relu()
+
+    def forward(self, ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        hidden = self.table(ids) + shift
+        return self.head(checkpoint(self.block, hidden, use_reentrant=False))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_computes_with_copies_and_its_weights_get_gradients_in_fp32(dtype: torch.dtype, tied: bool) -> None:
+    torch.manual_seed(0)
+    net = Net(tied)
+    plain = copy.deepcopy(net)
+    inputs = {"ids": torch.arange(9), "shift": torch.ones(4)}
+    reduced = Reduced(net, dtype)
+    outputs = reduced.forward(inputs)
+    reduced.backward(outputs.float().square().sum())
+    assert outputs.dtype == dtype
+    assert len(net.seen) == 4, "the block is computed again in the backward pass"
+    assert set(net.seen) == {dtype}
+    plain(**inputs).square().sum().backward()
+    for (name, mine), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert mine.dtype == torch.float32
+        assert mine.grad is not None
+        assert mine.grad.dtype == torch.float32
+        assert theirs.grad is not None
+        assert float((mine.grad - theirs.grad).norm() / theirs.grad.norm()) < 0.02, name
+
+
+def test_copies_are_made_once_until_the_weights_change() -> None:
+    net = Net()
+    reduced, inputs = Reduced(net, torch.bfloat16), {"ids": torch.arange(9), "shift": torch.ones(4)}
+    with torch.no_grad():
+        first = reduced.forward(inputs)
+        net.layer.weight.mul_(2)
+        assert torch.equal(reduced.forward(inputs), first)
+        reduced.forget()
+        assert not torch.equal(reduced.forward(inputs), first)
+    outputs = [reduced.forward(inputs) for _ in range(2)]  # two micro-batches, one set of copies
+    for output in outputs:
+        reduced.backward(output.float().sum())
+    assert net.layer.weight.grad is not None
 
 
 # The loss scale.

@@ -19,7 +19,7 @@ from torch import nn
 from toolkit.config import StrategyConfig
 from toolkit.data.loader import BatchShape
 from toolkit.errors import ConfigError
-from toolkit.precision import LossScaler, Precision
+from toolkit.precision import LossScaler, Precision, Reduced
 from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, whole
 from toolkit.world import World
 
@@ -186,6 +186,8 @@ class TorchStrategy(Strategy):
 
     averages_over_ranks: ClassVar[bool] = True
     """Whether the wrapper divides summed gradients by the number of ranks."""
+    casts: ClassVar[bool] = False
+    """Whether the wrapper computes in the precision asked for by itself."""
 
     optimizer: torch.optim.Optimizer
 
@@ -194,6 +196,8 @@ class TorchStrategy(Strategy):
         self.model = self.wrap(model.to(self.world.device))
         self.optimizer = build_optimizer(self.model)
         self.scaler = LossScaler(self.precision.name == "fp16")
+        reduced = self.precision.reduced and not self.casts
+        self._reduced = Reduced(self.model, self.precision.dtype) if reduced else None
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @abstractmethod
@@ -205,14 +209,17 @@ class TorchStrategy(Strategy):
         return contextlib.nullcontext()
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
-        """Under autocast where the precision is reduced."""
-        with self.precision.autocast(self.world.device):
-            return self.model(**inputs)
+        """With reduced copies of the parameters where the precision is reduced."""
+        return self._reduced.forward(inputs) if self._reduced else self.model(**inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Scale for fp16 and for the wrapper's average, then backpropagate."""
         ranks = self.world.size if self.averages_over_ranks else 1
-        (loss * (ranks * self.scaler.scale)).backward()  # type: ignore[no-untyped-call]
+        scaled = loss * (ranks * self.scaler.scale)
+        if self._reduced:
+            self._reduced.backward(scaled)
+        else:
+            scaled.backward()  # type: ignore[no-untyped-call]
 
     def update(self, learning_rate: float) -> Update:
         """Unscale and clip in one multiplication, then step."""
@@ -227,6 +234,7 @@ class TorchStrategy(Strategy):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
+            self.loaded()
         self.optimizer.zero_grad(set_to_none=True)
         return Update(norm, applied, scale if self.scaler.enabled else None)
 
@@ -250,7 +258,9 @@ class TorchStrategy(Strategy):
         return {name: shard for name, shard in found.items() if shard.data.numel()}
 
     def loaded(self) -> None:
-        """Nothing is derived."""
+        """The reduced copies are of other weights."""
+        if self._reduced:
+            self._reduced.forget()
 
     def scaler_state(self) -> dict[str, float]:
         """Of our own scaler."""
@@ -286,7 +296,7 @@ class TorchStrategy(Strategy):
 
     def teardown(self) -> None:
         """Drop the optimizer too: it holds the parameters."""
-        del self.optimizer, self._parameters
+        del self.optimizer, self._parameters, self._reduced
         super().teardown()
 
     def _shard(self, tensor: torch.Tensor) -> FlatShard:

@@ -62,8 +62,7 @@ class DDP(TorchStrategy):
         synchronizing, self.model.require_backward_grad_sync = self.model.require_backward_grad_sync, True
         with torch.random.fork_rng(devices):
             outputs = super().forward(inputs)
-            loss = sum(value.float().sum() for value in outputs.values() if value.requires_grad)
-            loss.backward()
+            super().backward(sum(value.float().sum() for value in outputs.values() if value.requires_grad))
         self.model.require_backward_grad_sync = synchronizing
         self.discard()
 

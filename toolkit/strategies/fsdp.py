@@ -27,6 +27,8 @@ class FSDP(TorchStrategy):
     layouts: ClassVar[Mapping[str, tuple[Layout, ...]]] = {"fsdp": (Layout(2), Layout(4, {"shard_size": 2}))}
     options: ClassVar[frozenset[str]] = frozenset({"reshard_after_forward", "shard_size", "wrap", "offload"})
 
+    casts = True
+
     model: FSDPModule  # type: ignore[assignment]
 
     def check(self) -> None:
@@ -64,10 +66,6 @@ class FSDP(TorchStrategy):
         """Reduce once a step."""
         self.model.set_requires_gradient_sync(last)
         yield
-
-    def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
-        """The policy casts: parameters are gathered in the precision asked for."""
-        return self.model(**inputs)  # type: ignore[operator]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Gathered tensor by tensor to the CPU of rank 0."""

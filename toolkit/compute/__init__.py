@@ -1,0 +1,4 @@
+"""How a model of the hub computes: on real tokens alone, with attention and dropout that fit the machine."""
+
+from toolkit.compute.dropout import replace_dropout as replace_dropout
+from toolkit.compute.padding_free import remove_padding as remove_padding
