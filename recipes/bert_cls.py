@@ -20,7 +20,7 @@ from toolkit.config import (
 )
 from toolkit.data import text_classification
 from toolkit.data.summary import majority, plan_rows, report_facts
-from toolkit.models import input_limits, load_classifier, load_tokenizer
+from toolkit.models import input_limits, load_classifier, load_tokenizer, width
 from toolkit.session import Session
 from toolkit.start import start
 from toolkit.tasks import Classification
@@ -50,7 +50,7 @@ def main(config: Config) -> None:
         limits = input_limits(model, config.data.max_length)
         task = Classification(data.labels, tokenizer, config.train.label_smoothing, **limits)
 
-        options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows}
+        options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows, "width": width(model)}
         train, validation, test = session.loaders(task, data.train, data.validation, data.test, **options)
         plan = {"model": {"name": config.model.name}, "data": plan_rows(data, config.data.max_length)}
         session.setup(model, tokenizer=tokenizer, data_fingerprint=data.fingerprint, plan=plan)

@@ -80,6 +80,11 @@ class Journal:
             "run": str(self._folder.path),
             "report": str(self._folder.html_path),
         }
+        if balance := report["balance"]:
+            extra["balance"] = (
+                f"work planned {balance['imbalance']:.1%} apart; "
+                f"the average rank waited {balance['waited']:.1%} of data and forward for the slowest"
+            )
         if report["skipped_steps"]:
             extra["skipped"] = f"{report['skipped_steps']} steps, by fp16's loss scaler"
         before, test = (_figures(report[key]) for key in ("before", "test"))

@@ -166,6 +166,11 @@ def input_limits(model: Any, max_length: int) -> dict[str, int | None]:
     return {"vocabulary": getattr(config, "vocab_size", None), "positions": min(lengths)}
 
 
+def width(model: Any) -> int:
+    """The hidden size of a model of transformers."""
+    return int(model.config.get_text_config().hidden_size)
+
+
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks that make up the depth of a network: the children of its lists of two or more alike modules."""
     blocks: list[nn.Module] = []

@@ -93,7 +93,7 @@ class Session:
         self._ready = False
         self._began = self._last_time = time.monotonic()
         self._seconds_before = 0.0
-        self._pace = Pace(self.world)
+        self._pace = Pace()
 
     @property
     def folder(self) -> RunFolder:
@@ -105,7 +105,15 @@ class Session:
         return self
 
     def loaders(
-        self, task: Task, train: Any, validation: Any, test: Any, *, workers: int = 0, max_bad_rows: int = 0
+        self,
+        task: Task,
+        train: Any,
+        validation: Any,
+        test: Any,
+        *,
+        workers: int = 0,
+        max_bad_rows: int = 0,
+        width: int = 768,
     ) -> tuple[Loader, Loader, Loader]:
         """Batches of the three splits for this rank; fixes how many steps the run has.
 
@@ -114,6 +122,7 @@ class Session:
             train, validation, test: Arrow data sets with a column `length`.
             workers: processes that collate; 0 collates in this one.
             max_bad_rows: training samples that may turn out unfit before the run stops.
+            width: the model's hidden size, by which the work of a sample is judged where it is dealt to the ranks.
 
         Raises:
             ConfigError: a setting that this task does not read, or a schedule that does not fit the run.
@@ -128,6 +137,7 @@ class Session:
             "workers": workers,
             "pin_memory": self.world.device.type == "cuda",
             "problem": task.problem,
+            "width": width,
         }
         training = Loader(train, task.collate, self.shape, **options)
         steps = self.config.train.steps
@@ -285,6 +295,8 @@ class Session:
             "seconds": self._seconds,
             "samples_per_second": rate,
         }
+        if self.world.size > 1:
+            line["imbalance"] = step.imbalance
         more = {"lr": line["lr"]}
         if result.loss_scale is not None:
             progress.skipped_steps += not result.applied
@@ -384,11 +396,12 @@ class Session:
 
     def _after(self, step: Step, validation: Loader) -> None:
         """What all ranks do between two steps, by what they agree on in one exchange."""
-        wishes = torch.zeros(3)
+        wishes = torch.zeros(3 + self.world.size)
         wishes[0] = bool(self._stop.reason)
         wishes[1] = self._recovery.failed
         wishes[2] = self.world.main and self._recovery.due(step.number)  # one clock decides
-        stop, failed, due = self.world.sum(wishes).tolist()
+        wishes[3 + self.world.rank] = self._pace.take()
+        stop, failed, due, *busy = self.world.sum(wishes).tolist()
         if failed:
             self._recovery.wait()
         if not stop:
@@ -398,7 +411,7 @@ class Session:
             self._save()
         if stop:
             self._interrupt()
-        for rank, seconds in self._pace.slow_ranks(step.number):
+        for rank, seconds in self._pace.note(busy, step.imbalance):
             self.console.warn(f"rank {rank} is slow: {seconds:.2f} s a step for data and forward; the others wait")
 
     def _evaluate_if_due(self, validation: Loader) -> None:
@@ -555,6 +568,7 @@ class Session:
         self.folder.write_manifest(manifest(self.strategy, self.schedule, self.config, data_fingerprint))
 
     def _close_report(self, status: str) -> None:
+        self.describe(balance=self._pace.balance() if self.world.size > 1 else None)
         self._journal.close_report(status, self._progress, self._seconds, self._recovery.attempt)
 
     def _save_model(self) -> None:

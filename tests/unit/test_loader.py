@@ -33,7 +33,7 @@ class Rows:
 
     def __getitem__(self, index: Any) -> Any:
         assert index == "length" or isinstance(index, list)
-        return self.lengths if index == "length" else {"id": index}
+        return np.array(self.lengths) if index == "length" else {"id": index}
 
 
 def collate(columns: Mapping[str, Sequence[Any]], empty: bool) -> list[Any]:
@@ -88,40 +88,74 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
 # Dealing.
 
 
-def test_every_row_is_dealt_to_one_rank_and_all_ranks_do_as_many_forwards() -> None:
+def check_dealt(rows: list[int], costs: list[float], shape: BatchShape) -> list[list[list[int]]]:
+    """What holds of any deal; the rows of each rank's micro-batches."""
+    hands = deal(rows, costs, shape)
+    cost_of = dict(zip(rows, costs, strict=True))
+    assert sorted(row for hand in hands for row in real(hand.forwards)) == sorted(rows)
+    (forwards,) = {len(hand.forwards) for hand in hands}
+    # No more than the largest share needs, so that a ragged step is no longer than it must be.
+    assert forwards == math.ceil(math.ceil(len(rows) / shape.ranks) / shape.micro_batch) <= shape.accumulation
+    for hand in hands:
+        mine = real(hand.forwards)
+        assert hand.cost == pytest.approx(sum(cost_of[row] for row in mine))
+        assert len(mine) >= min(1, len(rows) // shape.ranks)
+        assert sum(not empty for _, empty in hand.forwards) == min(len(mine), forwards)
+        assert all(len(chunk) == 1 for chunk, empty in hand.forwards if empty)
+        room = forwards * shape.micro_batch * max(costs)
+        assert len(mine) * max((cost_of[row] for row in mine), default=0) <= room
+    return [[chunk for chunk, empty in hand.forwards if not empty] for hand in hands]
+
+
+def test_rows_of_one_length_are_dealt_like_cards() -> None:
     cases = 0
     for shape in shapes():
         for count in range(1, shape.global_batch + 1):
-            rows = list(range(100, 100 + count))
-            dealt = [deal(rows, shape, rank) for rank in range(shape.ranks)]
-            assert sorted(itertools.chain.from_iterable(map(real, dealt))) == rows
-            (forwards,) = {len(forwards) for forwards in dealt}
-            # No more than the largest share needs, so that a ragged step is no longer than it must be.
-            assert forwards == math.ceil(math.ceil(count / shape.ranks) / shape.micro_batch) <= shape.accumulation
-            shares = [len(real(forwards)) for forwards in dealt]
+            dealt = check_dealt(list(range(100, 100 + count)), [1.0] * count, shape)
+            shares = [sum(map(len, chunks)) for chunks in dealt]
             assert max(shares) - min(shares) <= 1
-            for rows_of_one, empty in itertools.chain.from_iterable(dealt):
-                assert 1 <= len(rows_of_one) <= shape.micro_batch
-                assert set(rows_of_one) <= set(rows)
-                assert not empty or len(rows_of_one) == 1
+            assert all(1 <= len(chunk) <= shape.micro_batch for chunks in dealt for chunk in chunks)
             cases += 1
+        assert {len(chunk) for chunks in dealt for chunk in chunks} == {shape.micro_batch}
     assert cases > 500
 
 
-def test_whole_step_has_whole_micro_batches() -> None:
+def test_rows_of_many_lengths_are_dealt_by_cost() -> None:
+    rng = np.random.default_rng(0)
     for shape in shapes():
-        rows = list(range(shape.global_batch))
-        for rank in range(shape.ranks):
-            forwards = deal(rows, shape, rank)
-            assert [len(rows_of_one) for rows_of_one, _ in forwards] == [shape.micro_batch] * shape.accumulation
-            assert not any(empty for _, empty in forwards)
+        for count in range(1, shape.global_batch + 1, 3):
+            check_dealt(list(range(count)), rng.lognormal(3.9, 0.7, count).tolist(), shape)
+
+
+def test_ranks_and_micro_batches_get_work_of_the_same_size() -> None:
+    rng, shape = np.random.default_rng(0), BatchShape(256, 16, 4, 4)
+    for _ in range(20):
+        costs = rng.lognormal(3.9, 0.7, 256).clip(8, 256).tolist()
+        dealt = check_dealt(list(range(256)), costs, shape)
+        loads = [sum(costs[row] for chunk in chunks for row in chunk) for chunks in dealt]
+        assert max(loads) < 1.01 * sum(loads) / 4
+        by_cards = [sum(costs[rank::4]) for rank in range(4)]
+        assert max(by_cards) - min(by_cards) > 10 * (max(loads) - min(loads))
+        chunks = [sum(costs[row] for row in chunk) for chunks in dealt for chunk in chunks]
+        assert max(chunks) < 1.3 * sum(chunks) / 16
 
 
 def test_dealing_by_hand() -> None:
-    shape = BatchShape(12, 2, 2, 3)
-    assert deal([10, 11, 12, 13, 14, 15, 16], shape, 0) == [([10, 13], False), ([16], False)]
-    assert deal([10, 11, 12, 13, 14, 15, 16], shape, 1) == [([11, 14], False), ([10], True)]
-    assert deal([10, 11, 12, 13, 14, 15, 16], shape, 2) == [([12, 15], False), ([10], True)]
+    shape, rows, costs = BatchShape(12, 2, 2, 3), [10, 11, 12, 13, 14, 15, 16], [1.0, 9.0, 2.0, 2.0, 3.0, 4.0, 1.0]
+    assert [hand.cost for hand in deal(rows, costs, shape)] == [9, 7, 6]
+    assert [hand.forwards for hand in deal(rows, costs, shape)] == [
+        [([11], False), ([16], True)],
+        [([15], False), ([13, 16], False)],
+        [([14], False), ([12, 10], False)],
+    ]
+
+
+def test_a_step_says_how_far_the_ranks_are_apart() -> None:
+    steps = [list(loader.steps(3)) for loader in loaders(30, BatchShape(10, 5, 1, 2))]
+    assert [step.imbalance for step in steps[0]] == [step.imbalance for step in steps[1]]
+    assert all(0 <= step.imbalance < 0.1 for step in steps[0])
+    (alone,) = loaders(30, BatchShape(10, 5, 2, 1))
+    assert [step.imbalance for step in alone.steps(3)] == [0, 0, 0]
 
 
 # Steps.
@@ -220,7 +254,8 @@ def test_workers_change_nothing() -> None:
 def test_arrow_data_set_gives_the_rows() -> None:
     (step,) = Loader(arrow(), collate, BatchShape(6, 3, 2, 1), seed=1).steps(1)
     order = epoch_order(1, 0, 23).tolist()
-    assert step.micro_batches == [[order[:3], False], [order[3:6], False]]
+    assert sorted(real(step.micro_batches)) == sorted(order[:6])
+    assert [empty for _, empty in step.micro_batches] == [False, False]
 
 
 def test_no_data_is_a_defect() -> None:
@@ -293,14 +328,16 @@ def test_unfit_rows_are_left_out_and_all_else_stays() -> None:
 
 def test_a_step_names_the_unfit_rows_that_were_dealt_to_this_rank() -> None:
     shape = BatchShape(12, 2, 3, 2)
-    order = epoch_order(0, 0, 12).tolist()
-    bad = [order[0], order[1], order[3], order[5]]
-    first, second = (next(loader.steps(1)) for loader in picky(12, shape, bad))
-    assert first.skipped == faults(order[:1])
-    # Every other row is the second rank's: its first micro-batch is bad as a whole, and half of its second.
-    assert second.skipped == faults(order[1:6:2])
-    assert [batch.empty for batch in second.micro_batches] == [True, False, False]
-    assert [batch.empty for batch in first.micro_batches] == [False] * 3
+    first, second = (real(next(loader.steps(1)).micro_batches) for loader in loaders(12, shape))
+    plan = next(loaders(12, shape)[1].steps(1)).micro_batches
+    bad = [first[-1], *plan[0][0], plan[2][0][0]]
+    of_first, of_second = (next(loader.steps(1)) for loader in picky(12, shape, bad))
+    assert of_first.skipped == faults(bad[:1])
+    # The second rank's first micro-batch is bad as a whole, and a part of its second.
+    assert of_second.skipped == faults(bad[1:])
+    assert [batch.empty for batch in of_second.micro_batches] == [True, False, False]
+    assert [batch.empty for batch in of_first.micro_batches] == [False] * 3
+    assert len(first) + len(second) == 12
 
 
 def test_the_filler_of_an_unfit_row_reports_nothing() -> None:

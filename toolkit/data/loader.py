@@ -6,6 +6,7 @@ the ranks. So nothing depends on the number of ranks, and the state of the data 
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from toolkit.errors import ConfigError, DataError
@@ -37,6 +39,7 @@ class Step:
         micro_batches: of this rank; every rank has as many.
         samples: of all ranks, unfit ones among them.
         samples_seen: of all ranks in all steps up to and with this one.
+        imbalance: by how much the dearest rank's work exceeds the mean, as a share of the mean.
     """
 
     number: int
@@ -44,6 +47,7 @@ class Step:
     micro_batches: list[Any]
     samples: int
     samples_seen: int
+    imbalance: float = 0.0
 
     @property
     def skipped(self) -> list[tuple[int, str]]:
@@ -86,16 +90,58 @@ def batch_shape(global_batch: int, micro_batch: int | None, ranks: int, *, large
     return BatchShape(global_batch, micro_batch, share // micro_batch, ranks)
 
 
-def deal(rows: Sequence[int], shape: BatchShape, rank: int) -> list[Forward]:
-    """The micro-batches of `rank` for the rows of one step.
+@dataclass(frozen=True)
+class Hand:
+    """What one rank is dealt of a step: its micro-batches, and what they cost together."""
 
-    Rows are dealt one by one, as cards are, so that a ragged step is spread evenly. Every rank gets equally many
-    micro-batches; one without rows gets a filler, because a sharded model computes together or not at all.
+    forwards: list[Forward]
+    cost: float
+
+
+def deal(rows: Sequence[int], costs: Sequence[float], shape: BatchShape) -> list[Hand]:
+    """The hands of all ranks for the rows of one step.
+
+    The dearest row that is left goes to the rank that has least to do (longest processing time first, Graham 1969),
+    unless that rank would then pad to more than an equal deal could. Every rank gets equally many micro-batches of
+    about the same cost; one without rows gets a filler, because a sharded model computes together or not at all.
+
+    Args:
+        rows: of all ranks.
+        costs: of each of them, above 0.
+        shape: of the batches.
     """
-    mine = list(rows[rank :: shape.ranks])
     forwards = math.ceil(math.ceil(len(rows) / shape.ranks) / shape.micro_batch)
-    chunks = [mine[i * shape.micro_batch : (i + 1) * shape.micro_batch] for i in range(forwards)]
-    return [(chunk, False) if chunk else ([rows[0]], True) for chunk in chunks]
+    order = sorted(range(len(rows)), key=lambda index: -costs[index])
+    room = forwards * shape.micro_batch * costs[order[0]]
+    loads, held = [(0.0, rank) for rank in range(shape.ranks)], [list[int]() for _ in range(shape.ranks)]
+    for index in order:
+        load, rank = heapq.heappop(loads)
+        mine = held[rank]
+        mine.append(index)
+        if (len(mine) + 1) * costs[mine[0]] <= room:
+            heapq.heappush(loads, (load + costs[index], rank))
+    filler: Forward = ([rows[order[-1]]], True)
+    hands = []
+    for mine in held:
+        chunks = _cut(mine, costs, forwards)
+        dealt = [([rows[index] for index in chunk], False) if chunk else filler for chunk in chunks]
+        hands.append(Hand(dealt, sum(costs[index] for index in mine)))
+    return hands
+
+
+def _cut(hand: Sequence[int], costs: Sequence[float], parts: int) -> list[list[int]]:
+    """`hand`, dearest first, in neighbours of about the same cost; the last are empty where it is too small."""
+    chunks, rest, start = [], sum(costs[index] for index in hand), 0
+    for left in range(parts, 0, -1):
+        goal, cost, end = rest / left, 0.0, start
+        while end < len(hand) - (left - 1) and (end == start or left == 1 or cost + costs[hand[end]] / 2 <= goal):
+            cost += costs[hand[end]]
+            end += 1
+        if end == start and end < len(hand):  # fewer than micro-batches
+            cost, end = costs[hand[end]], end + 1
+        chunks.append(list(hand[start:end]))
+        rest, start = rest - cost, end
+    return chunks
 
 
 class Loader:
@@ -109,6 +155,7 @@ class Loader:
         seed: of the order.
         workers: processes that collate; 0 collates in this one.
         pin_memory: for copies to a GPU.
+        width: the model's hidden size, by which a row's cost is judged.
         problem: says of a row why it is unfit, or nothing (a task's method). Unfit rows are left out of their
             micro-batch, which carries their ids and faults as `skipped`; all else stays as it was planned.
     """
@@ -123,6 +170,7 @@ class Loader:
         seed: int = 0,
         workers: int = 0,
         pin_memory: bool = False,
+        width: int = 768,
         problem: Problem | None = None,
     ) -> None:
         assert len(dataset) > 0, "without rows there is no next step to wait for"
@@ -133,6 +181,7 @@ class Loader:
         self._rows = _Rows(dataset, collate, problem)
         self._workers = workers
         self._pin_memory = pin_memory
+        self._width = width
 
     @property
     def steps_per_epoch(self) -> int:
@@ -147,7 +196,7 @@ class Loader:
         """
 
         def plans() -> Iterator[tuple[Step, list[Forward]]]:
-            return islice(self._plans(), from_step, total_steps)
+            return islice(self._plans(from_step), total_steps - from_step)
 
         batches = self._stream(lambda: (forward for _, forwards in plans() for forward in forwards))
         for step, forwards in plans():
@@ -162,26 +211,42 @@ class Loader:
         Raises:
             DataError: no row is fit.
         """
-        lengths = np.asarray(self.dataset["length"], dtype=np.float64)  # one that is missing is NaN, and comes last
-        rows = np.argsort(-lengths, kind="stable").tolist()
+        costs = self._costs(slice(None))
+        rows = np.argsort(-costs, kind="stable").tolist()
         per_step = self.shape.micro_batch * self.shape.ranks
         chunks = [rows[start : start + per_step] for start in range(0, len(rows), per_step)]
-        return self._stream(lambda: (forward for chunk in chunks for forward in deal(chunk, self.shape, self.rank)))
+
+        def forwards() -> Iterator[Forward]:
+            for chunk in chunks:
+                yield from deal(chunk, costs[chunk].tolist(), self.shape)[self.rank].forwards
+
+        return self._stream(forwards)
 
     @property
     def forwards_of_one_pass(self) -> int:
         """Number of micro-batches that `once` gives."""
         return math.ceil(len(self.dataset) / (self.shape.micro_batch * self.shape.ranks))
 
-    def _plans(self) -> Iterator[tuple[Step, list[Forward]]]:
-        epoch, number, seen = 0, 0, 0
+    def _plans(self, from_step: int) -> Iterator[tuple[Step, list[Forward]]]:
+        number, size = from_step, self.shape.global_batch
+        epoch, done = divmod(from_step, self.steps_per_epoch)
+        seen = epoch * len(self.dataset) + done * size
         while True:
             order = epoch_order(self.seed, epoch, len(self.dataset)).tolist()
-            for start in range(0, len(order), self.shape.global_batch):
-                rows = order[start : start + self.shape.global_batch]
+            for start in range(done * size, len(order), size):
+                rows = order[start : start + size]
                 number, seen = number + 1, seen + len(rows)
-                yield Step(number, epoch, [], len(rows), seen), deal(rows, self.shape, self.rank)
-            epoch += 1
+                hands = deal(rows, self._costs(rows).tolist(), self.shape)
+                loads = [hand.cost for hand in hands]
+                imbalance = max(loads) / (sum(loads) / len(loads)) - 1
+                yield Step(number, epoch, [], len(rows), seen, imbalance), hands[self.rank].forwards
+            epoch, done = epoch + 1, 0
+
+    def _costs(self, rows: Any) -> npt.NDArray[np.float64]:
+        """Of rows with so many tokens: products with weights, and attention (Narayanan et al. 2021, equation 3)."""
+        lengths = np.asarray(self.dataset["length"][rows], dtype=np.float64)
+        lengths = np.nan_to_num(lengths).clip(0.5)  # one that is missing counts for little, and comes last
+        return lengths * (1 + lengths / (6 * self._width))
 
     def _stream(self, forwards: Callable[[], Iterator[Forward]]) -> Iterator[Any]:
         self._rows.find_filler()  # here, for its error would leave a worker wrapped in a traceback

@@ -173,6 +173,9 @@ def _tiles(run: _Run) -> str:
     if run.report.get("seconds") is not None:
         speed = run.report.get("samples_per_second")
         tiles.append(("Time", _duration(run.report["seconds"]), f"{_number(speed)} samples/s" if speed else ""))
+    if balance := run.part("balance"):
+        waited, apart = (f"{100 * balance[key]:.1f} %" for key in ("waited", "imbalance"))
+        tiles.append(("Waiting for the slowest rank", waited, f"of data and forward; work dealt {apart} apart"))
     cards = "".join(
         f'<div class="card tile"><span class="muted">{_text(name)}</span><b>{_text(value)}</b>'
         f'<span class="muted">{_text(note)}</span></div>\n'

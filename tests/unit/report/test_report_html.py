@@ -68,6 +68,7 @@ def report(labels: list[str]) -> dict[str, Any]:
         "learning_rates": [1e-5 * step for step in range(1, 81)],
         "run": EVIL,
         "predict": EVIL,
+        "balance": {"imbalance": 0.0125, "waited": 0.0311},
     }
 
 
