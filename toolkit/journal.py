@@ -76,6 +76,7 @@ class Journal:
         """Show the final figures."""
         report = self.report
         extra = {
+            "memory": f"{report['peak_bytes'] / 2**30:.2f} GiB at most (first process)",
             "time": f"{report['seconds']:.0f} s, {report['samples_per_second']:.1f} samples/s in training",
             "run": str(self._folder.path),
             "report": str(self._folder.html_path),

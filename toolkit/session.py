@@ -26,6 +26,7 @@ from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
 from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
 from toolkit.journal import Journal
+from toolkit.memory import peak_bytes
 from toolkit.models import parameter_counts
 from toolkit.numerics import LossGuard
 from toolkit.optim import Schedule, adamw, build_schedule
@@ -568,7 +569,8 @@ class Session:
         self.folder.write_manifest(manifest(self.strategy, self.schedule, self.config, data_fingerprint))
 
     def _close_report(self, status: str) -> None:
-        self.describe(balance=self._pace.balance() if self.world.size > 1 else None)
+        balance = self._pace.balance() if self.world.size > 1 else None
+        self.describe(balance=balance, peak_bytes=peak_bytes(self.world.device))
         self._journal.close_report(status, self._progress, self._seconds, self._recovery.attempt)
 
     def _save_model(self) -> None:

@@ -24,6 +24,7 @@ FLOORS = (
     "requirements",
     "world",
     "pace",
+    "memory",
     "samples",
     "order",
     "precision",

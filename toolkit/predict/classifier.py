@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from toolkit.compute import remove_padding
 from toolkit.data.tokenize import encode
 from toolkit.errors import ConfigError, DataError, ModelError, NumericsError
 from toolkit.folders import refuse_strays
@@ -44,6 +45,7 @@ class Classifier:
             raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
         self._device = "cuda" if gpu and device != "cpu" else "cpu"
         self._tokenizer, model = _load(saved.folder)
+        remove_padding(model)
         self._model = model.to(self._device).eval()
         self.labels: tuple[str, ...] = tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
         if len(set(self.labels)) < max(2, len(self.labels)):
