@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
+from toolkit.compute import attention
 from toolkit.compute.padding_free import IMPLEMENTATION, attend, remove_padding
-from toolkit.compute.texts import ROW
+from toolkit.compute.texts import ROW, Texts
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -77,6 +79,39 @@ def test_loss_and_gradient_are_those_of_the_padded_model(family: str) -> None:
     (loss, gradient), (loss_here, gradient_here) = loss_and_gradient(padded), loss_and_gradient(free)
     assert loss_here == pytest.approx(loss, rel=1e-5)
     assert float((gradient_here - gradient).norm() / gradient.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["Bert", "ModernBert", "Llama", "Mistral"])
+def test_long_texts_take_torchs_own_kernel(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PLAIN", 16)
+    padded, free = pair(family)
+    assert remove_padding(free) == ""
+    (loss, gradient), (loss_here, gradient_here) = loss_and_gradient(padded), loss_and_gradient(free)
+    assert loss_here == pytest.approx(loss, rel=1e-5)
+    assert float((gradient_here - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def test_attention_with_dropout_is_right_in_the_mean() -> None:
+    """Averaged over many draws, dropped weights leave what all of them give, and so do its gradients."""
+    torch.manual_seed(0)
+    texts = Texts(torch.arange(24) < torch.tensor([24, 17, 9])[:, None])
+    rows = [torch.randn(1, 2, 64, 8).requires_grad_() for _ in range(3)]
+    direction = torch.randn(1, 64, 2, 8) * (torch.arange(64) < texts.tokens)[None, :, None, None]
+
+    def draw(dropout: float) -> list[torch.Tensor]:
+        module = SimpleNamespace(padding_free=SimpleNamespace(texts=texts), is_causal=False)
+        found, _ = attend(module, *rows, None, dropout=dropout)
+        return [found.detach(), *torch.autograd.grad((found * direction).sum(), rows)]
+
+    exact = draw(0.0)
+    draws = [draw(0.2) for _ in range(2000)]
+    for expected, found in zip(exact, map(torch.stack, zip(*draws, strict=True)), strict=True):
+        error = found.std(0) / len(draws) ** 0.5
+        held = error > 1e-9
+        deviations = ((found.mean(0) - expected)[held] / error[held]).abs()
+        assert float(deviations.max()) < 6
+        assert float(deviations.square().mean()) == pytest.approx(1, abs=0.4)
+    torch.testing.assert_close(exact[0], draw(0.0)[0])
 
 
 @pytest.mark.parametrize("family", ["Bert", "Llama"])

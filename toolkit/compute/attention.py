@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from toolkit.compute.dropout import keep_mask, kept_scale
 from toolkit.compute.texts import Group, Texts
 
-PLAIN = 1024
+PLAIN = 512
 """Longest text whose attention weights are kept for the backward pass on a CPU, where there is no dropout: for longer
 ones torch's fused kernel, which computes them again, is faster and needs less memory."""
 
@@ -50,21 +50,26 @@ def attend(
     sizes = [group.slots for group in texts.groups]
     slots = [torch.split(texts.spread(row), sizes) for row in rows]
     plain = query.device.type == "cpu" and (dropout or texts.groups[-1].longest <= PLAIN)
-    within = _plain if plain else _fused
     parts = []
     for group, *members in zip(texts.groups, *slots, strict=True):
-        bias = group.bias(causal, sliding_window, value.dtype)
-        parts.append(within(group, members, bias, scaling, dropout))
+        if plain:
+            bias = group.bias(causal, sliding_window, value.dtype)
+            parts.append(_plain(group, members, bias, scaling, dropout))
+        elif causal and (sliding_window is None or sliding_window >= group.longest):
+            # What is behind a text's tokens, they do not look at; and of half of the pairs nothing is computed.
+            parts.append(_fused(group, members, scale=scaling, dropout_p=dropout, is_causal=True))
+        else:
+            bias = group.bias(causal, sliding_window, value.dtype)
+            parts.append(_fused(group, members, scale=scaling, dropout_p=dropout, attn_mask=bias))
     return texts.join(torch.cat(parts)).unsqueeze(0), None
 
 
-def _fused(
-    group: Group, members: list[torch.Tensor], bias: torch.Tensor | None, scaling: float, dropout: float
-) -> torch.Tensor:
+def _fused(group: Group, members: list[torch.Tensor], **options: Any) -> torch.Tensor:
     """By torch's own kernel. Each (slots, heads, size)."""
     query, key, value = (part.view(group.texts, group.longest, *part.shape[1:]).transpose(1, 2) for part in members)
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    return scaled_dot_product_attention(query, key, value, attn_mask=bias, **options).transpose(1, 2).flatten(0, 1)
+    shared = key.shape[1] != query.shape[1]
+    found = scaled_dot_product_attention(query, key, value, enable_gqa=shared, **options)
+    return found.transpose(1, 2).flatten(0, 1)
 
 
 def _plain(
