@@ -21,9 +21,9 @@ LAYOUTS = [(name, layout) for name, kind in STRATEGIES.items() for layout in kin
 SHARDED = {"fsdp", "zero1", "zero2", "zero3"}
 
 # fp32: sums in another order differ in the last bits. bf16 rounds each product to 8 significant bits (unit roundoff
-# 2**-9), and the engines round in other places: one process and DDP in autocast, FSDP2 and ZeRO all of the network. So
-# a loss may move by one roundoff, a gradient norm, which sums squares of rounded terms, by ten; and of the way that
-# the weights have gone, Adam, whose first steps are the signs of gradients, may turn a tenth.
+# 2**-9), and what is added up in another order is rounded in other places. So a loss may move by one roundoff, a
+# gradient norm, which sums squares of rounded terms, by ten; and of the way that the weights have gone, Adam, whose
+# first steps are the signs of gradients, may turn a tenth.
 BOUNDS = {
     "fp32": {"loss": 1e-5, "grad_norm": 1e-5, "weights": 1e-5, "way": 1e-3},
     "bf16": {"loss": 2**-9, "grad_norm": 10 * 2**-9, "weights": 1e-2, "way": 0.1},

@@ -1,0 +1,60 @@
+"""The benchmarks run, at a tiny size, and say what they are to say. Their figures are none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.side_by_side import summary
+from tests.recipes.launching import ROOT, environment
+
+COMMANDS = [
+    ["bert_cls_vs_trainer.py", "--rows", "32", "--peer", "loop", "--lengths", "uniform"],
+    ["bert_cls_vs_trainer.py", "--rows", "32", "--peer", "accelerate"],
+    ["bert_cls_vs_trainer.py", "--rows", "32", "--peer", "trainer-best"],
+    ["predict_vs_pipeline.py", "--rows", "32"],
+    ["predict_vs_pipeline.py", "--rows", "32", "--peer", "trainer"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command))
+def test_a_benchmark_compares(command: list[str], tmp_path: Path) -> None:
+    files = ["--json", str(tmp_path / "result.jsonl"), "--plot", str(tmp_path / "bars.png")]
+    name, *options = command
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *options, "--rounds", "1", *files],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "result.jsonl").read_text(encoding="utf-8"))
+    assert result["ratio"] == pytest.approx(result["ours"] / result["peer"], rel=1e-3)
+    assert {"machine", "threads", "torch", "goal", "ranges"} <= result.keys()
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+    assert f"goal {result['goal']:g}" in done.stdout
+
+
+def runs(**values: list[float]) -> dict[str, list[dict[str, Any]]]:
+    return {side: [{"speed": value} for value in found] for side, found in values.items()}
+
+
+def test_the_ratio_is_that_of_the_medians() -> None:
+    found = summary(runs(ours=[8.0, 1.0, 6.0], peer=[3.0, 2.0, 90.0]), "speed", 2.0)
+    assert (found["ours"], found["peer"], found["ratio"], found["kept"]) == (6, 3, 2, True)
+    assert found["ranges"] == {"ours": [1, 8], "peer": [2, 90]}
+    assert not summary(runs(ours=[5.0], peer=[3.0]), "speed", 2.0)["kept"]
+
+
+def test_where_less_is_better_the_goal_is_an_upper_one() -> None:
+    assert summary(runs(ours=[7.0], peer=[10.0]), "speed", 0.8, smaller=True)["kept"]
+    assert not summary(runs(ours=[9.0], peer=[10.0]), "speed", 0.8, smaller=True)["kept"]
