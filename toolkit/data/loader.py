@@ -178,6 +178,7 @@ class Loader:
         self.shape = shape
         self.rank = rank
         self.seed = seed
+        self._lengths = dataset["length"]
         self._rows = _Rows(dataset, collate, problem)
         self._workers = workers
         self._pin_memory = pin_memory
@@ -244,7 +245,7 @@ class Loader:
 
     def _costs(self, rows: Any) -> npt.NDArray[np.float64]:
         """Of rows with so many tokens: products with weights, and attention (Narayanan et al. 2021, equation 3)."""
-        lengths = np.asarray(self.dataset["length"][rows], dtype=np.float64)
+        lengths = np.asarray(self._lengths[rows], dtype=np.float64)
         lengths = np.nan_to_num(lengths).clip(0.5)  # one that is missing counts for little, and comes last
         return lengths * (1 + lengths / (6 * self._width))
 
