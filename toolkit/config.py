@@ -212,6 +212,8 @@ class RunConfig:
     hang_seconds: Positive | None = 10.0
     """End the run (exit code 75) where no progress is made for so long and three times the slowest hundredth of the
     steps; `None` never does."""
+    profile: Count | None = None
+    """Trace so many steps, after the first few, and say where their time goes. By default none."""
     debug: bool = False
     """Show the traceback of an error."""
 

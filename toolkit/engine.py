@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from toolkit.data.loader import Loader, Step
+from toolkit.profiler import span
 from toolkit.strategies import Strategy
 from toolkit.tasks import Task
 
@@ -88,16 +89,19 @@ def train_step(
         batch = batch.to(world.device)
         with strategy.micro_batch(last=index + 1 == len(step.micro_batches)):
             began = time.monotonic()
-            part = task.loss(strategy.forward(batch.inputs), batch) / units
+            with span("forward"):
+                part = task.loss(strategy.forward(batch.inputs), batch) / units
             busy += time.monotonic() - began
-            strategy.backward(part)
+            with span("backward"):
+                strategy.backward(part)
         loss += part.detach()
     own, total = float(loss), float(world.sum(loss))
     if fault := refuse(total):
         strategy.discard()
         fault = _with_samples(fault, strategy, step, own)
         return StepResult(total, math.nan, int(units), False, None, int(skipped_rows), fault, busy)
-    update = strategy.update(learning_rate)
+    with span("update"):
+        update = strategy.update(learning_rate)
     if not math.isfinite(update.grad_norm) and update.loss_scale is None:
         fault = _with_samples(f"the gradient norm is {update.grad_norm}", strategy, step, own)
     return StepResult(

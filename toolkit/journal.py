@@ -8,6 +8,7 @@ from typing import Any
 from toolkit.config import RecipeConfig, plain
 from toolkit.progress import Progress
 from toolkit.report import Console, RunFolder, Trackers, write_html
+from toolkit.report.step_time import step_time_notes, step_time_rows
 from toolkit.world import World
 
 
@@ -75,6 +76,12 @@ class Journal:
     def summary(self) -> None:
         """Show the final figures."""
         report = self.report
+        if profile := report.get("profile"):
+            header, rows = step_time_rows(profile)
+            self._console.table("where the time goes", header, rows)
+            for line in step_time_notes(profile):
+                self._console.note(line)
+            self._console.note("")
         extra = {
             "memory": f"{report['peak_bytes'] / 2**30:.2f} GiB at most (first process)",
             "time": f"{report['seconds']:.0f} s, {report['samples_per_second']:.1f} samples/s in training",

@@ -33,6 +33,7 @@ from toolkit.optim import Schedule, adamw, build_schedule
 from toolkit.overview import manifest, overview
 from toolkit.pace import Pace
 from toolkit.precision import choose_precision
+from toolkit.profiler import Profiler, refuse_in_vain, span
 from toolkit.progress import Progress
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, redact, versions
@@ -95,6 +96,7 @@ class Session:
         self._began = self._last_time = time.monotonic()
         self._seconds_before = 0.0
         self._pace = Pace()
+        self._profiler = Profiler(config.run.profile, self.world)
 
     @property
     def folder(self) -> RunFolder:
@@ -145,6 +147,7 @@ class Session:
         self.total_steps = steps or math.ceil(self.config.train.epochs * training.steps_per_epoch)
         self.schedule = build_schedule(self.config.optim, self.total_steps)
         self._check_evaluations(training.steps_per_epoch)
+        refuse_in_vain(self.config.run.profile, self.total_steps)
         evaluation = BatchShape(0, self.config.train.eval_batch, 1, self.world.size)
         self._task, self._train, self._max_bad_rows = task, training, max_bad_rows
         return (
@@ -178,6 +181,7 @@ class Session:
         padding = self._remove_padding(model)
         if self.world.device.type == "cpu":
             replace_dropout(model)
+        self._padding_free = padding == "none"
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim))
         self._tokenizer = tokenizer
         self._folder = RunFolder(self.world.on_main(self._open_folder))
@@ -213,6 +217,7 @@ class Session:
         Raises:
             Interrupted: a signal asked to stop; raised on all ranks after the same batch.
         """
+        self._finish_profile()  # which is of steps alone
         total = loader.forwards_of_one_pass
 
         def on_batch(done: int) -> None:
@@ -276,6 +281,10 @@ class Session:
         Raises:
             NumericsError: the step was refused, and `on_fault` or `max_rewinds` says to stop; on all ranks alike.
         """
+        with span("log"):
+            self._log(step, result)
+
+    def _log(self, step: Step, result: StepResult) -> None:
         if result.fault:
             self._note_fault(result.fault)
             return
@@ -343,6 +352,7 @@ class Session:
         if agreed:
             with contextlib.suppress(ToolkitError):  # `error` is told; this one would hide it
                 self._recovery.wait()
+            self._profiler.close()
         if self.world.main:
             with contextlib.suppress(OSError, ToolkitError):
                 self._recovery.end(status, self._progress.step, redact(str(error or "")))
@@ -386,13 +396,18 @@ class Session:
         """The steps, with the time that the data took."""
         steps = loader.steps(self.total_steps, self._progress.step)
         while True:
+            if self._profiler.complete or self._progress.step == self.total_steps:
+                self._finish_profile()
+            self._profiler.next_step(self._progress.step + 1)
             self._last_time = time.monotonic()
             self._watchdog.beat("data", self._progress.step + 1)
-            step = next(steps, None)
+            with span("data"):
+                step = next(steps, None)
             if step is None:
                 return
             self._watchdog.beat("step", step.number)
             self._pace.add(time.monotonic() - self._last_time)
+            self._profiler.note(step.micro_batches)
             yield step
 
     def _after(self, step: Step, validation: Loader) -> None:
@@ -415,6 +430,17 @@ class Session:
         for rank, seconds in self._pace.note(busy, step.imbalance):
             self.console.warn(f"rank {rank} is slow: {seconds:.2f} s a step for data and forward; the others wait")
 
+    def _finish_profile(self) -> None:
+        if not self._profiler.tracing:
+            return
+        self._watchdog.beat("saving", self._progress.step)
+        facts = {"padding": self.config.train.padding_free, "sharded": self.strategy.name in ("fsdp", "zero3")}
+        profile = self._profiler.finish(padding_free=self._padding_free, facts=facts)
+        if problem := profile.get("problem"):
+            self.console.warn(f"there is no profile: {problem}")
+        elif profile:
+            self.describe(profile=profile)
+
     def _evaluate_if_due(self, validation: Loader) -> None:
         progress = self._progress
         if progress.evaluated == progress.step or not self.evaluation_due(progress.step):
@@ -429,7 +455,8 @@ class Session:
         self._watchdog.beat("saving", progress.step)
         progress.seconds, progress.recent_losses = self._seconds, self._guard.recent
         facts = {"epoch": progress.epoch, "samples_seen": progress.samples, "metrics": progress.metrics()}
-        self._recovery.save(progress.step, facts | {"state": progress.state()})
+        with span("checkpoint"):
+            self._recovery.save(progress.step, facts | {"state": progress.state()})
 
     def _interrupt(self) -> None:
         """Save what is not saved yet, and stop on all ranks."""
@@ -474,6 +501,7 @@ class Session:
         changes = {key: list(pair) for key, pair in self._run.changes.items()}
         self._recovery.begin(self._progress.step, loader, facts | {"changes": redact(changes)})
         self._journal.begin(self._progress.step, self._recovery.attempt)
+        self._profiler.folder = self.folder.path / "profile" / f"attempt{self._recovery.attempt}"
 
     def _note_fault(self, fault: str) -> None:
         train = self.config.train
@@ -489,6 +517,7 @@ class Session:
     def _rewind(self, step: Step, loader: Loader) -> None:
         """Back to the newest good checkpoint; the samples of the step, or of all since then, are left out."""
         fault, self._fault, before = self._fault, "", self._progress
+        self._finish_profile()
         self._watchdog.beat("saving", step.number)
         self._recovery.wait()
         checkpoint = self._recovery.resume()

@@ -25,6 +25,7 @@ FLOORS = (
     "world",
     "pace",
     "memory",
+    "profiler",
     "samples",
     "order",
     "precision",

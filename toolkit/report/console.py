@@ -147,6 +147,17 @@ class Console:
             if not self._bars.tasks:
                 self.close()
 
+    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Show a table; its first column holds names, the others figures."""
+        if self.quiet:
+            return
+        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", show_edge=False, pad_edge=False)
+        for place, heading in enumerate(header):
+            table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(_clean, row))
+        self._out.print(table)
+
     def note(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         if not self.quiet:

@@ -20,6 +20,7 @@ from toolkit.errors import CheckpointError
 from toolkit.report import plots
 from toolkit.report.folder import RunFolder
 from toolkit.report.plots import COLORS, Plot, clean
+from toolkit.report.step_time import step_time_bar, step_time_rows
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _XLINK = "{http://www.w3.org/1999/xlink}"
@@ -139,6 +140,7 @@ def _sections(run: _Run) -> Iterable[str]:
     yield _section("Data warnings", _list(run.part("data", "warnings")))
     yield _section("Held-out test", _grid(_test_cards(run)))
     yield _section("Training", _grid(map(_figure, _training_plots(run))))
+    yield _section("Where the time goes", _step_time(run.report.get("profile")))
     yield _section("Data", _grid(map(_figure, _data_plots(run))))
     yield _section("Plan", _grid(_plan_cards(run)))
     yield _section("How it was run", _grid(_manifest_cards(run)))
@@ -221,6 +223,13 @@ def _data_plots(run: _Run) -> Iterable[Plot]:
         run.part("data", "lengths"), run.part("data").get("max_length"), run.part("data", "truncated")
     )
     return filter(None, (labels, lengths))
+
+
+def _step_time(profile: Mapping[str, Any] | None) -> str:
+    if not profile:
+        return ""
+    header, rows = step_time_rows(profile)
+    return _card(step_time_bar(profile) + _table("Parts of a step", header, rows, numbers=len(header) - 1))
 
 
 def _plan_cards(run: _Run) -> Iterable[str]:
