@@ -352,12 +352,15 @@ class Session:
         if agreed:
             with contextlib.suppress(ToolkitError):  # `error` is told; this one would hide it
                 self._recovery.wait()
-            self._profiler.close()
         if self.world.main:
             with contextlib.suppress(OSError, ToolkitError):
                 self._recovery.end(status, self._progress.step, redact(str(error or "")))
         self._recovery.close()
-        # Now that all is entered: it takes seconds to draw, and a launcher may lose its patience.
+        # Now that all is entered: these take seconds, and a launcher may lose its patience.
+        if agreed:
+            self._profiler.close()
+        else:  # a collective may be in flight on a GPU, and its trace would wait for it
+            self._profiler.drop()
         if error is not None and self.world.main and "test" not in self._journal.report:
             with contextlib.suppress(ToolkitError):
                 self.describe(**{"error": str(error)} if str(error) else {})
@@ -396,9 +399,10 @@ class Session:
         """The steps, with the time that the data took."""
         steps = loader.steps(self.total_steps, self._progress.step)
         while True:
-            if self._profiler.complete or self._progress.step == self.total_steps:
+            if over := self._progress.step == self.total_steps or self._profiler.complete:
                 self._finish_profile()
-            self._profiler.next_step(self._progress.step + 1)
+            if not over:
+                self._profiler.next_step(self._progress.step + 1)
             self._last_time = time.monotonic()
             self._watchdog.beat("data", self._progress.step + 1)
             with span("data"):
@@ -438,7 +442,7 @@ class Session:
         profile = self._profiler.finish(padding_free=self._padding_free, facts=facts)
         if problem := profile.get("problem"):
             self.console.warn(f"there is no profile: {problem}")
-        elif profile:
+        else:
             self.describe(profile=profile)
 
     def _evaluate_if_due(self, validation: Loader) -> None:

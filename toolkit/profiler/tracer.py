@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -102,9 +103,17 @@ class Profiler:
             profile.export_chrome_trace(str(unfinished))
             unfinished.replace(path)
         except (OSError, RuntimeError):  # a full disk must not end the run
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
             return None
         return path
+
+    def drop(self) -> None:
+        """End the trace without waiting for anything, and write nothing. One that is still open crashes the exit."""
+        if self.tracing:
+            self._close_step()
+            torch.autograd._disable_profiler()  # type: ignore[attr-defined]
+            self._profile, self.tracing, self._steps = None, False, 0
 
     def _start(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would greet on the screen of each rank

@@ -37,8 +37,9 @@ def step_time_notes(profile: Mapping[str, Any]) -> list[str]:
     first, steps = profile["first_step"], profile["steps"]
     which = f"step {first}" if steps == 1 else f"steps {first} to {first + steps - 1}"
     notes = [profile["advice"]]
-    if hidden := profile["hidden_communication"]:
-        notes.append(f"Another {_ms(hidden)} ms of communication a step are hidden behind other parts.")
+    hidden = _ms(profile["hidden_communication"])
+    if hidden != _ms(0):
+        notes.append(f"Another {hidden} ms of communication a step are hidden behind other parts.")
     if padding := profile["padding_of_tokens"]:
         notes.append(f"{100 * padding:.1f} % of the tokens computed are padding.")
     return [*notes, f"Measured in {which}; a trace for Perfetto of each rank is in {profile['traces']}."]
