@@ -129,6 +129,11 @@ def test_events_that_end_past_their_parent_are_not_counted_twice() -> None:
     assert times.parts[COMPUTE] == pytest.approx(3.5)
 
 
+def test_what_computes_without_torch_says_so() -> None:
+    forward, numpy = on_cpu("toolkit::forward", 1, 5), on_cpu("toolkit::compute", 2, 4)
+    assert rank_times([on_cpu("toolkit::step", 0, 10), forward, numpy]).parts[COMPUTE] == 2
+
+
 def test_a_trace_without_a_step() -> None:
     assert rank_times([on_cpu("aten::mm", 0, 1)]) == RankTimes()
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from toolkit.profiler import span
+
 LANES = 2**16
 """What is dropped is a multiple of 1 / LANES of all; what is kept is scaled by that very share: nothing is biased."""
 
@@ -39,7 +41,8 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
     """1 where an element is kept and 0 where, with probability `p`, it is dropped."""
     size = shape.numel()
     seed = int(torch.randint(2**62, ()))
-    words: Any = np.random.SFC64(seed).random_raw(-(-size // 4))
+    with span("compute"):  # which a trace of torch's operators would not show
+        words: Any = np.random.SFC64(seed).random_raw(-(-size // 4))
     lanes = torch.from_numpy(words.view(np.int16))[:size]
     # Out of a comparison straight into numbers: one pass.
     kept = torch.empty(size, dtype=dtype)

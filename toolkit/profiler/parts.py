@@ -18,7 +18,12 @@ PARTS = (COMPUTE, PADDING, COMMUNICATION, WAITING, DATA, HOST, CHECKPOINT)
 """In the order in which they are shown."""
 
 STEP, UPDATE = PREFIX + "step", PREFIX + "update"
-_OF_SPANS = {PREFIX + "data": DATA, PREFIX + "checkpoint": CHECKPOINT, PREFIX + "log": HOST}
+_OF_SPANS = {
+    PREFIX + "data": DATA,
+    PREFIX + "checkpoint": CHECKPOINT,
+    PREFIX + "log": HOST,
+    PREFIX + "compute": COMPUTE,
+}
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _COLLECTIVES = ("c10d::", "_c10d_functional::", "gloo:", "nccl:")
 _GAP = "gap"

@@ -80,6 +80,7 @@ class Profiler:
                 times = rank_times(read_trace(path), padding_share(self._batches, padding_free))
             except (OSError, ValueError) as error:
                 problem = f"rank {self._world.rank}: {error}"
+            problem = problem or ("" if times.exposed else f"rank {self._world.rank}: no step is in {path}")
         else:
             problem = f"rank {self._world.rank} could not write its trace to {self.folder}"
         self._batches, facts = [], {**facts, "padding_free": padding_free}
