@@ -101,7 +101,7 @@ def rank_times(events: Sequence[Event], padding: float = 0.0) -> RankTimes:
     device = [event for event in events if event.category in _ON_DEVICE]
     main = [e for e in events if e.thread == steps[0].thread and e.category in ("cpu_op", "user_annotation")]
     segments = list(_segments(sorted(main, key=_order), launches_only=bool(device)))
-    collectives = [e for e in events if is_collective(e) and (e.thread != steps[0].thread or e in device)]
+    collectives = [e for e in events if is_collective(e) and (e.thread != steps[0].thread or e.category in _ON_DEVICE)]
     in_flight = union((e.start, e.end) for e in collectives)
     if device:
         segments = list(_covered(segments, union((e.start, e.end) for e in device if is_collective(e)), COMMUNICATION))
