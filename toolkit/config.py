@@ -162,6 +162,12 @@ class StrategyConfig:
     """Keep the optimizer's state (ZeRO), or the parameters and it (ZeRO-3, FSDP), in CPU memory. Needs GPUs."""
     deepspeed: Path | None = None
     """ZeRO: a DeepSpeed JSON of your own. What this recipe decides must be "auto" there, or agree."""
+    compress: Literal["none", "bf16", "powersgd"] = "none"
+    """DDP: send gradients in bf16, or as products of two narrow matrices (PowerSGD); the numbers then differ."""
+    compress_rank: Count | None = None
+    """PowerSGD: columns of the narrow matrices (default 4). More = closer to the gradient, more traffic."""
+    compress_start: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """PowerSGD: steps that are sent in full before it begins (default 10)."""
 
 
 @dataclass(frozen=True)

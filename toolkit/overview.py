@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from toolkit.config import RecipeConfig, plain
@@ -22,7 +23,8 @@ def overview(
             "name": f"{strategy.name} ({effective['engine']}{held})",
             "ranks": f"{world.size} on {world.device.type}",
             "precision": f"{precision.name} ({precision.reason})",
-        },
+        }
+        | _compression(effective),
         "training": {
             "steps": f"{schedule.total_steps:,} ({schedule.total_steps / steps_per_epoch:.2f} epochs)",
             "batch": f"{shape.global_batch} = {shape.micro_batch} × {shape.accumulation} accumulated "
@@ -32,6 +34,17 @@ def overview(
             "learning rate": f"{schedule.kind} from {schedule.peak:g}, {schedule.warmup_steps} steps of warm-up",
             "seed": str(config.run.seed),
         },
+    }
+
+
+def _compression(effective: Mapping[str, Any]) -> dict[str, str]:
+    if effective.get("compress", "none") == "none":
+        return {}
+    if effective["compress"] == "bf16":
+        return {"gradients": "sent in bf16"}
+    return {
+        "gradients": f"sent by PowerSGD of rank {effective['compress_rank']} after {effective['compress_start']} steps "
+        f"in full; on a resume, {effective['compress_on_resume']}"
     }
 
 

@@ -300,6 +300,8 @@ WRONG_VALUES = [
     ("optim.decay_share", "0", "greater than 0"),
     ("optim.final_share", "1.5", "less than or equal to 1"),
     ("strategy.shard_size", "1", "greater than or equal to 2"),
+    ("strategy.compress_rank", "0", "greater than 0"),
+    ("strategy.compress_start", "1", "greater than or equal to 2"),
     ("run.seed", "-1", "greater than or equal to 0"),
     ("run.seed", str(2**63), "less than"),
     ("run.log_every", "0", "greater than 0"),

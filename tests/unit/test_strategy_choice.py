@@ -27,6 +27,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_SHARDING_STRAT
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
 ON_CPU = {"offload"}  # what a strategy reads, but only on GPUs
+BESIDE = {"compress_rank", "compress_start"}  # what a strategy reads, but only beside another option
 
 
 def ranks(size: int, launcher: dict[str, str] | None = None, *, nodes: int = 1, device: str = "cpu") -> World:
@@ -151,6 +152,9 @@ OPTIONS: dict[str, Any] = {
     "wrap": ("BertLayer",),
     "offload": "parameters",
     "deepspeed": Path("ds.json"),
+    "compress": "bf16",
+    "compress_rank": 2,
+    "compress_start": 5,
 }
 
 
@@ -164,7 +168,7 @@ def test_every_option_is_tested_here() -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_options_of_another_strategy(name: str, option: str) -> None:
     size = 1 if name == "single" else 4
-    if option in STRATEGIES[name].options - ON_CPU and option != "deepspeed":
+    if option in STRATEGIES[name].options - ON_CPU - BESIDE and option != "deepspeed":
         assert getattr(choose(size, name=name, **{option: OPTIONS[option]}).config, option) == OPTIONS[option]
         return
     message = refusal(size, name=name, **{option: OPTIONS[option]}).message
@@ -213,6 +217,23 @@ def refused_fp16() -> str:
 
 def test_fp16_under_zero_on_a_cpu_without_it() -> None:
     assert on_ranks(refused_fp16, 1) == ["zero3"]
+
+
+# Compressed gradients.
+
+
+@pytest.mark.parametrize("option", sorted(BESIDE))
+def test_what_only_powersgd_reads(option: str) -> None:
+    for compress in ("none", "bf16"):
+        message = refusal(2, name="ddp", compress=compress, **{option: 3}).message
+        assert message == f"--strategy.{option} has no effect with --strategy.compress {compress}"
+    assert getattr(choose(2, name="ddp", compress="powersgd", **{option: 3}).config, option) == 3
+
+
+def test_powersgd_under_fp16() -> None:
+    message = "--strategy.compress powersgd does not work with --precision fp16"
+    assert refusal(2, name="ddp", compress="powersgd", precision="fp16").message.startswith(message)
+    assert choose(2, name="ddp", compress="bf16", precision="fp16").config.compress == "bf16"
 
 
 # What the launcher asks of FSDP.

@@ -234,7 +234,7 @@ class TorchStrategy(Strategy):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
-            self.loaded()
+            self._weights_changed()
         self.optimizer.zero_grad(set_to_none=True)
         return Update(norm, applied, scale if self.scaler.enabled else None)
 
@@ -259,8 +259,7 @@ class TorchStrategy(Strategy):
 
     def loaded(self) -> None:
         """The reduced copies are of other weights."""
-        if self._reduced:
-            self._reduced.forget()
+        self._weights_changed()
 
     def scaler_state(self) -> dict[str, float]:
         """Of our own scaler."""
@@ -298,6 +297,10 @@ class TorchStrategy(Strategy):
         """Drop the optimizer too: it holds the parameters."""
         del self.optimizer, self._parameters, self._reduced
         super().teardown()
+
+    def _weights_changed(self) -> None:
+        if self._reduced:
+            self._reduced.forget()
 
     def _shard(self, tensor: torch.Tensor) -> FlatShard:
         return whole(tensor)

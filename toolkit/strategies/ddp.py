@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from toolkit.strategies import compression
 from toolkit.strategies.base import Layout, TorchStrategy
 
 # No buffer here changes in training, so sending them before each forward would be waste. torch 2.13 renamed the option.
@@ -25,20 +26,24 @@ class DDP(TorchStrategy):
     """torch's DistributedDataParallel."""
 
     layouts: ClassVar[Mapping[str, tuple[Layout, ...]]] = {"ddp": (Layout(2), Layout(3))}
+    options: ClassVar[frozenset[str]] = frozenset({"compress", "compress_rank", "compress_start"})
 
     model: DistributedDataParallel
     _settled = False
 
     def check(self) -> None:
-        """Refuse one process."""
+        """Refuse one process, and settings of a compression that is not in force."""
         super().check()
         self.require_ranks("average gradients with")
+        compression.check_compression(self.config, self.precision.name)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Gradients live in the buckets that are reduced, so they are not copied."""
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, _SYNC_BUFFERS: False}
-        return DistributedDataParallel(model, **options)
+        wrapped = DistributedDataParallel(model, **options)
+        compression.compress(wrapped, self.config)
+        return wrapped
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The first one in training is done twice."""
@@ -65,6 +70,12 @@ class DDP(TorchStrategy):
             super().backward(sum(value.float().sum() for value in outputs.values() if value.requires_grad))
         self.model.require_backward_grad_sync = synchronizing
         self.discard()
+        compression.forget(self.model)
+
+    def loaded(self) -> None:
+        """The error that PowerSGD feeds back is of other steps, and not finite where they were left for that."""
+        super().loaded()
+        compression.forget(self.model)
 
     @property
     def module(self) -> nn.Module:
@@ -73,6 +84,7 @@ class DDP(TorchStrategy):
         return module
 
     def effective(self) -> dict[str, Any]:
-        """With what DDP itself says of its group."""
+        """With what DDP itself says of its group and its hook."""
         group = self.model.process_group
-        return super().effective() | {"reduced_over_ranks": group.size(), "backend": group.name()}
+        reduced = {"reduced_over_ranks": group.size(), "backend": group.name()}
+        return super().effective() | reduced | compression.effective(self.model)
