@@ -59,6 +59,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 """`hybrid` needs 4 ranks; `single` is the computing alone."""
 PORT = 29500
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> None:
@@ -67,10 +68,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
     parser.add_argument("--links", type=int, nargs="*", default=[1000, 100], help="Mbit/s (default: 1000 100)")
     parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
-    parser.add_argument("--steps", type=int, default=60, help="before the loss is read (default: 60)")
-    parser.add_argument("--timed", type=int, default=5, help="steps that are timed on each link (default: 5)")
+    parser.add_argument("--steps", type=int, default=40, help="before the loss is read (default: 40)")
+    parser.add_argument("--timed", type=int, default=3, help="steps that are timed on each link (default: 3)")
     parser.add_argument("--batch", type=int, default=32, help="samples of a step on all ranks (default: 32)")
-    parser.add_argument("--length", type=int, default=64, help="longest text in tokens (default: 64)")
+    parser.add_argument("--length", type=int, default=32, help="longest text in tokens (default: 32)")
     parser.add_argument("--width", type=int, default=128, help="of the network (default: 128)")
     parser.add_argument("--layers", type=int, default=4, help="of the network (default: 4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the JSON line to this file too")
@@ -78,8 +79,8 @@ def main() -> None:
     options = parser.parse_args()
     if reason := unable():
         raise SystemExit(reason)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(1))  # so that everything is removed on the way out
+    for number in STOPS:
+        signal.signal(number, stop)
     result = facts(options) | {"rows": [row for ranks in options.ranks for row in measure(ranks, options)]}
     add_ratios(result)
     show(result)
@@ -90,6 +91,13 @@ def main() -> None:
             file.write(line + "\n")
     if options.plot:
         plot(result, options.plot)
+
+
+def stop(number: int, _: object) -> None:
+    """End by way of all that must be removed, which a second signal does not cut short."""
+    for each in STOPS:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def measure(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -111,7 +119,6 @@ def measure(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         network = stack.enter_context(Network(ranks))
         errors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scaling_")))
         processes = [start(network, rank, plan, errors / f"{rank}") for rank in range(ranks)]
-        stack.callback(end, processes)
         first = processes[0]
         assert first.stdin is not None
         assert first.stdout is not None
@@ -131,7 +138,7 @@ def measure(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def start(network: Network, rank: int, plan: dict[str, Any], errors: Path) -> subprocess.Popen[str]:
-    """One rank on a host of its own."""
+    """One rank on a host of its own, which ends with it."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "ACCELERATE_USE_CPU": "true",
@@ -155,13 +162,6 @@ def start(network: Network, rank: int, plan: dict[str, Any], errors: Path) -> su
             env=environment,
             start_new_session=True,
         )
-
-
-def end(processes: list[subprocess.Popen[str]]) -> None:
-    """Leave none of them behind."""
-    for process in processes:
-        process.kill()
-        process.wait()
 
 
 def facts(options: argparse.Namespace) -> dict[str, Any]:

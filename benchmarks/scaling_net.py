@@ -6,8 +6,10 @@ touched.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from types import TracebackType
 
@@ -45,6 +47,8 @@ class Network:
             raise
         return self
 
+    # A signal may come between the start of a process and the moment in which its starter knows of it. So whatever is
+    # inside ends here.
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -101,9 +105,14 @@ class Network:
         self._made.append(space)
 
     def _remove(self) -> None:
-        """The links go with their namespaces."""
+        """With the processes inside; the links go with their namespaces."""
         while self._made:
-            subprocess.run(["ip", "netns", "del", self._made.pop()], capture_output=True, check=False)
+            space = self._made.pop()
+            inside = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, check=False).stdout
+            for process in map(int, inside.split()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
 
 
 def _run(*command: str) -> str:
