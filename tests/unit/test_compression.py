@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertForSequenceClassification
 
 from tests.parity.job import GLOBAL_BATCH, STEPS, Job, Outcome, Recording, tiny_bert, tiny_data, train
 from tests.ranks import on_ranks
@@ -149,6 +151,29 @@ def test_who_goes_back_begins_anew_as_who_resumes() -> None:
     assert np.isfinite(rewound).all()
     assert rewound == fresh
     assert on_the_other == [rewound, fresh]
+
+
+def with_a_rank_that_lags_behind() -> tuple[list[float], int]:
+    """The second rank reaches its second bucket late, when the first one's sums have begun to come in."""
+    w = connected()
+    config = tiny_bert().config
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 128, 512, 4
+    torch.manual_seed(7)
+    model = BertForSequenceClassification(config)
+    strategy = set_up(w, POWERSGD, model)
+    if w.rank == 1:
+        model.bert.encoder.layer[0].output.dense.weight.register_hook(lambda gradient: time.sleep(0.1))
+    losses = take(strategy, 0, START + 3)
+    buckets = len(strategy.model._comm_hooks[0][1].error_dict)  # type: ignore[operator, union-attr, index]
+    strategy.teardown()
+    w.close()
+    return losses, buckets
+
+
+def test_ranks_add_up_what_belongs_together() -> None:
+    first, second = on_ranks(with_a_rank_that_lags_behind, 2)
+    assert first == second
+    assert first[1] > 1, "there is nothing to get between"
 
 
 def without_a_gradient(rank: int) -> list[float]:

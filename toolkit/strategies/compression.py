@@ -60,7 +60,7 @@ def compress(model: DistributedDataParallel, config: StrategyConfig) -> None:
                 f"--strategy.compress_rank {state.matrix_approximation_rank} makes no matrix of this model smaller",
                 "Choose a lower rank, or --strategy.compress bf16.",
             )
-        model.register_comm_hook(state, powerSGD_hook)
+        model.register_comm_hook(state, _powersgd)
 
 
 def forget(model: DistributedDataParallel) -> None:
@@ -88,10 +88,21 @@ def effective(model: DistributedDataParallel) -> dict[str, Any]:
     }
 
 
-# By its own name, torch takes the hook for NCCL and XCCL alone; gloo adds up bf16 too. torch reads the annotations, and
-# would not take these as the texts that they are in this file.
+# torch reads a hook's annotations, and would not take them as the texts that they are in this file.
+
+
+# By its own name, torch takes the hook for NCCL and XCCL alone; gloo adds up bf16 too.
 def _bf16(group, bucket):  # type: ignore[no-untyped-def]
     return bf16_compress_hook(group, bucket)
+
+
+def _powersgd(state, bucket):  # type: ignore[no-untyped-def]
+    future = powerSGD_hook(state, bucket)
+    if bucket.buffer().device.type == "cpu":
+        # Each of its three sums begins where the one before has come in. gloo's come in at other moments on other
+        # ranks: those of the next bucket would get between, and ranks would add up what does not belong together.
+        future.wait()
+    return future
 
 
 def _smaller(parameter: nn.Parameter, state: PowerSGDState) -> bool:
