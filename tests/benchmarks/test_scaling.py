@@ -140,7 +140,8 @@ def test_what_is_measured(tmp_path: Path) -> None:
         if strategy == "single":
             assert row["bytes"] < 1000
             continue
-        assert 1 < row["bytes"] / row["minimum"] < 1.1, strategy
+        # gloo sums gradients on every rank where fsdp needs a share on each, which alone makes it 1.5.
+        assert 1 < row["bytes"] / row["minimum"] < (1.6 if strategy == "fsdp" else 1.1), strategy
         assert row["seconds"]["100 Mbit/s"] > 0.8 * row["bytes"] * 8 / 100e6, strategy
     assert rows["ddp, bf16"]["bytes"] == pytest.approx(rows["ddp"]["bytes"] / 2, rel=0.05)
     assert rows["ddp, powersgd"]["bytes"] < rows["ddp"]["bytes"] / 6
