@@ -158,7 +158,7 @@ def test_best_weights_and_early_stopping_survive(
     keep: int, job: list[str], reference: Reference, tmp_path: Path
 ) -> None:
     options = [
-        *(*job, "--strategy.name", "single", "--optim.lr", "0.03", "--train.steps", "40"),
+        *(*job, "--strategy.name", "single", "--optim.lr", "0.1", "--train.steps", "40"),
         *("--run.eval_every", "4", "--run.early_stopping", "2", "--checkpoint.keep_best", "True"),
         *("--checkpoint.every", "2"),
     ]

@@ -21,7 +21,7 @@ from recipes.bert_cls import Config
 from toolkit.data import text_classification
 from toolkit.data.loader import Columns, Step
 from toolkit.data.summary import majority, plan_rows, report_facts
-from toolkit.models import input_limits, load_classifier, load_tokenizer
+from toolkit.models import input_limits, load_classifier, load_tokenizer, width
 from toolkit.session import Session
 from toolkit.tasks import Batch, Classification
 
@@ -167,7 +167,8 @@ def main(config: Config, trap: Trap = Trap(), poison: Poison = Poison()) -> None
         task.trap, task.poison, task.rank = trap, poison, session.world.rank
 
         training = data.train.map(poison.spoil) if poison.unfit else data.train
-        options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows}
+        workers, cap = config.data.workers, config.data.max_bad_rows
+        options = {"workers": workers, "max_bad_rows": cap, "width": width(model)}
         train, validation, test = session.loaders(task, training, data.validation, data.test, **options)
         plan = TrappedPlan(trap, model={"name": config.model.name}, data=plan_rows(data, config.data.max_length))
         saved = TrappedTokenizer(tokenizer, trap)
