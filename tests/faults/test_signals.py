@@ -424,7 +424,11 @@ def wait_until(condition: Callable[[], Any], timeout: float = 90) -> None:
 
 
 def wait_until_gone(processes: Sequence[psutil.Process], timeout: float) -> None:
-    def left() -> list[psutil.Process]:
-        return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    wait_until(lambda: not any(map(alive, processes)), timeout)
 
-    wait_until(lambda: not left(), timeout)
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it ended between the two questions
+        return False
