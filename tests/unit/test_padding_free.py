@@ -12,12 +12,18 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 from transformers.models.bert.modeling_bert import BertLayer
 
 from toolkit.compute import attention
 from toolkit.compute.padding_free import IMPLEMENTATION, attend, remove_padding
-from toolkit.compute.texts import ROW, Texts
+from toolkit.compute.texts import ROW, Pairs, Texts
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -47,38 +53,165 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Phi3": SIZES | {"num_key_value_heads": 2},
     "Gemma3Text": SIZES | GROUPED | {"sliding_window": 16},
 }
+OF_T5: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+OF_BART: dict[str, Any] = {
+    "d_model": 64,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": 100,
+}
+TOKENS = {"vocab_size": 500, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+PAIRED = {"T5": OF_T5, "MT5": OF_T5, "UMT5": OF_T5, "Bart": OF_BART, "Marian": OF_BART, "Pegasus": OF_BART}
+OF_IMAGES = SIZES | {"image_size": 48, "patch_size": 8, "num_channels": 3, "drop_path_rate": 0.0}
 LENGTHS = torch.tensor([5, 40, 17, 17, 63, 9, 22, 30, 12, 8, 51])
 MASK = (torch.arange(63) < LENGTHS[:, None]).long()
 IDS = torch.randint(3, 500, MASK.shape, generator=torch.Generator().manual_seed(0)) * MASK
+ANSWER_LENGTHS = torch.tensor([9, 3, 28, 1, 17, 20, 5, 6, 14, 28, 2])
+ANSWER_MASK = (torch.arange(28) < ANSWER_LENGTHS[:, None]).long()
+ANSWERS = torch.randint(3, 500, ANSWER_MASK.shape, generator=torch.Generator().manual_seed(1)) * ANSWER_MASK
 
 
 def pair(family: str, dropout: float = 0.0) -> tuple[Any, Any]:
     """Two equal classifiers."""
-    config: PreTrainedConfig = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    return twins(
+        AutoModelForSequenceClassification, getattr(transformers, f"{family}Config")(**FAMILIES[family]), dropout
+    )
+
+
+def paired(family: str, dropout: float = 0.0) -> tuple[Any, Any]:
+    """Two equal models with an encoder and a decoder."""
+    return twins(AutoModelForSeq2SeqLM, getattr(transformers, f"{family}Config")(**PAIRED[family], **TOKENS), dropout)
+
+
+def twins(kind: Any, config: PreTrainedConfig, dropout: float = 0.0) -> tuple[Any, Any]:
     for name, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
             setattr(config, name, dropout)
     torch.manual_seed(0)
-    first = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    second = AutoModelForSequenceClassification.from_config(copy.deepcopy(config), dtype=torch.float32)
+    first = kind.from_config(config, dtype=torch.float32)
+    second = kind.from_config(copy.deepcopy(config), dtype=torch.float32)
     second.load_state_dict(first.state_dict())
     return first.train(), second.train()
 
 
 def loss_and_gradient(model: Any, mask: torch.Tensor = MASK) -> tuple[float, torch.Tensor]:
     logits = model(input_ids=IDS, attention_mask=mask).logits
-    loss = cross_entropy(logits, torch.arange(len(IDS)) % 3)
+    return backward(model, cross_entropy(logits, torch.arange(len(IDS)) % 3))
+
+
+def of_answers(model: Any) -> tuple[float, torch.Tensor]:
+    logits = answers(model)
+    return backward(model, cross_entropy(logits[ANSWER_MASK.bool()], ANSWERS[ANSWER_MASK.bool()]))
+
+
+def answers(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    inputs = {"input_ids": ids, "attention_mask": MASK}
+    decoded = {"decoder_input_ids": ANSWERS, "decoder_attention_mask": ANSWER_MASK}
+    logits: torch.Tensor = model(**inputs, **decoded).logits
+    return logits
+
+
+def backward(model: Any, loss: torch.Tensor) -> tuple[float, torch.Tensor]:
     loss.backward()
     return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def assert_alike(padded: tuple[float, torch.Tensor], free: tuple[float, torch.Tensor]) -> None:
+    (loss, gradient), (loss_here, gradient_here) = padded, free
+    assert loss_here == pytest.approx(loss, rel=1e-5)
+    assert float((gradient_here - gradient).norm() / gradient.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradient_are_those_of_the_padded_model(family: str) -> None:
     padded, free = pair(family)
     assert remove_padding(free) == ""
-    (loss, gradient), (loss_here, gradient_here) = loss_and_gradient(padded), loss_and_gradient(free)
-    assert loss_here == pytest.approx(loss, rel=1e-5)
-    assert float((gradient_here - gradient).norm() / gradient.norm()) < 1e-5
+    assert_alike(loss_and_gradient(padded), loss_and_gradient(free))
+
+
+@pytest.mark.parametrize("family", PAIRED)
+@pytest.mark.parametrize("plain", [512, 16], ids=["short", "long"])
+def test_an_encoder_and_its_decoder(family: str, plain: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PLAIN", plain)
+    padded, free = paired(family)
+    assert remove_padding(free) == ""
+    assert_alike(of_answers(padded), of_answers(free))
+
+
+@pytest.mark.parametrize("family", ["T5", "Bart"])
+def test_an_encoder_and_its_decoder_as_a_classifier(family: str) -> None:
+    """Of which one has to know where a text ends."""
+    config = getattr(transformers, f"{family}Config")(**PAIRED[family], **TOKENS, num_labels=3)
+    padded, free = twins(AutoModelForSequenceClassification, config)
+    assert remove_padding(free) == ""
+    ended = IDS.clone()
+    ended[torch.arange(len(IDS)), LENGTHS - 1] = 1
+    inputs = {"input_ids": ended, "attention_mask": MASK, "decoder_attention_mask": MASK}
+    torch.testing.assert_close(free(**inputs).logits, padded(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["T5", "Bart"])
+def test_a_pair_sees_no_other(family: str) -> None:
+    _, model = paired(family)
+    assert remove_padding(model) == ""
+    before = answers(model)
+    others = IDS.clone()
+    others[4] = (others[4] * 7) % 497 + 3
+    changed = ((before != answers(model, others)).any(2) & ANSWER_MASK.bool()).any(1)
+    assert changed.nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("family", ["T5", "UMT5", "Bart"])
+def test_an_encoder_and_a_decoder_compute_no_padding(family: str) -> None:
+    _, model = paired(family)
+    assert remove_padding(model) == ""
+    seen: dict[torch.nn.Module, torch.Size] = {}
+    biases: list[torch.Size] = []
+    stacks = [model.get_encoder(), model.get_decoder()]
+    for stack in stacks:
+        for name, layer in stack.named_modules():
+            if isinstance(layer, nn.Linear) and layer.in_features == 128:
+                layer.register_forward_hook(lambda layer, args, output, stack=stack: seen.update({stack: output.shape}))
+            if name.endswith("relative_attention_bias"):
+                layer.register_forward_hook(lambda layer, args, output: biases.append(output.shape[:2]))
+    answers(model)
+    rows = [math.ceil(int(lengths.sum()) / ROW) * ROW for lengths in (LENGTHS, ANSWER_LENGTHS)]
+    assert [seen[stack][:2] for stack in stacks] == [(1, row) for row in rows]
+    assert set(biases) == ({(64, 64), (32, 32)} if "T5" in family else set())
+
+
+@pytest.mark.parametrize("family", ["ViT", "Dinov2", "ViTMSN", "Beit"])
+def test_images(family: str) -> None:
+    config = getattr(transformers, f"{family}Config")(**OF_IMAGES)
+    padded, free = twins(AutoModelForImageClassification, config)
+    assert remove_padding(free) == ""
+    pixels = torch.randn(5, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+    def result(model: Any) -> tuple[float, torch.Tensor]:
+        return backward(model, cross_entropy(model(pixel_values=pixels).logits, torch.arange(5) % 3))
+
+    assert_alike(result(padded), result(free))
+
+
+@pytest.mark.parametrize("family", ["Llama", "T5", "Bart"])
+def test_text_is_generated_as_before(family: str) -> None:
+    """With a cache, which has padding; and in between the model trains on."""
+    if family in PAIRED:
+        padded, free = paired(family)
+    else:
+        padded, free = twins(AutoModelForCausalLM, transformers.LlamaConfig(**FAMILIES[family]))
+    assert remove_padding(free) == ""
+    inputs = {"input_ids": IDS[:4].flip(1), "attention_mask": MASK[:4].flip(1)}
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    for _ in range(2):
+        assert torch.equal(free.eval().generate(**inputs, **options), padded.eval().generate(**inputs, **options))
+        results = (model(**inputs, labels=IDS[:4].flip(1)) for model in (free.train(), padded.train()))
+        torch.testing.assert_close(*(result.loss for result in results), rtol=1e-5, atol=1e-6)
+    assert free(**inputs, labels=IDS[:4]).get("past_key_values") is None
 
 
 @pytest.mark.parametrize("family", ["Bert", "ModernBert", "Llama", "Mistral"])
@@ -86,9 +219,7 @@ def test_long_texts_take_torchs_own_kernel(family: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(attention, "PLAIN", 16)
     padded, free = pair(family)
     assert remove_padding(free) == ""
-    (loss, gradient), (loss_here, gradient_here) = loss_and_gradient(padded), loss_and_gradient(free)
-    assert loss_here == pytest.approx(loss, rel=1e-5)
-    assert float((gradient_here - gradient).norm() / gradient.norm()) < 1e-5
+    assert_alike(loss_and_gradient(padded), loss_and_gradient(free))
 
 
 def test_attention_with_dropout_is_right_in_the_mean() -> None:
@@ -99,7 +230,7 @@ def test_attention_with_dropout_is_right_in_the_mean() -> None:
     direction = torch.randn(1, 64, 2, 8) * (torch.arange(64) < texts.tokens)[None, :, None, None]
 
     def draw(dropout: float) -> list[torch.Tensor]:
-        module = SimpleNamespace(padding_free=SimpleNamespace(texts=texts), is_causal=False)
+        module = SimpleNamespace(padding_free=SimpleNamespace(pairs=lambda _: Pairs(texts, texts)), is_causal=False)
         found, _ = attend(module, *rows, None, dropout=dropout)
         return [found.detach(), *torch.autograd.grad((found * direction).sum(), rows)]
 
@@ -175,12 +306,12 @@ def test_dropout_is_on_in_training_alone() -> None:
     assert torch.equal(model(**inputs).logits, model(**inputs).logits)
 
 
-def test_gradient_checkpointing_computes_the_same_again() -> None:
-    padded, free = pair("Llama")
+@pytest.mark.parametrize("family", ["Llama", "T5", "Bart"])
+def test_gradient_checkpointing_computes_the_same_again(family: str) -> None:
+    (padded, free), result = (paired(family), of_answers) if family in PAIRED else (pair(family), loss_and_gradient)
     remove_padding(free)
     free.gradient_checkpointing_enable()
-    (_, gradient), (_, gradient_here) = loss_and_gradient(padded), loss_and_gradient(free)
-    assert float((gradient_here - gradient).norm() / gradient.norm()) < 1e-5
+    assert_alike(result(padded), result(free))
 
 
 class Mixing(BertLayer):
@@ -216,12 +347,8 @@ def test_a_block_that_does_more_is_found_out(block: type[BertLayer], reason: str
         (transformers.AlbertConfig(**SIZES | {"embedding_size": 32}), "its blocks are not all alike"),
         (transformers.MPNetConfig(**SIZES), "its attention cannot be replaced"),
         (transformers.BertConfig(**SIZES, attn_implementation="eager"), "its attention is to be eager"),
-        (
-            transformers.T5Config(
-                d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=500, decoder_start_token_id=0
-            ),
-            "it has an encoder and a decoder",
-        ),
+        (transformers.OPTConfig(**FAMILIES["OPT"], layerdrop=0.1), "it skips blocks at random"),
+        (transformers.BartConfig(**OF_BART, decoder_layerdrop=0.1), "it skips blocks at random"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, PreTrainedConfig) else None,
 )
