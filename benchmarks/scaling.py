@@ -1,7 +1,7 @@
 """What each strategy sends, and what slow links make of it: ranks in network namespaces, as if on hosts of their own.
 
     sudo python benchmarks/scaling.py
-    sudo python benchmarks/scaling.py --ranks 2 --links --steps 250 --strategies ddp "ddp, bf16" "ddp, powersgd"
+    sudo python benchmarks/scaling.py --ranks 2 --links --steps 250 --strategies ddp "ddp, powersgd" diloco
 
 A small BERT (random weights, no dropout, fp32) learns real texts with one global batch on 1, 2 and 4 gloo ranks, each
 in a network namespace of its own, with one thread on one core: rank r on core r modulo the cores, so that 4 ranks on 2
@@ -11,14 +11,14 @@ direction. A delay is not added; that would take the kernel's netem, which not e
 - Bytes: what the rank's interface counts as sent (tx_bytes), headers and acknowledgements too, a step and rank.
 - Minimum: with M bytes of weights in fp32 on n ranks, (n-1)/n times
   2M for ddp, the ring all-reduce (Patarasuk and Yuan 2009), 1M with bf16, and with PowerSGD 2 times the narrow matrices
-  and what is sent in full (Vogels et al. 2019); 2M for zero1 and zero2, 3M for zero3 (Rajbhandari et al. 2020);
-  for fsdp 3 times the blocks and 2 times the root, which stays gathered; hybrid the same within a group, and an
-  all-reduce of the shard between the groups.
+  and what is sent in full (Vogels et al. 2019); 6M for diloco, weights and moments, once in 20 steps (Douillard et al.
+  2023); 2M for zero1 and zero2, 3M for zero3 (Rajbhandari et al. 2020); for fsdp 3 times the blocks and 2 times the
+  root, which stays gathered; hybrid the same within a group, and an all-reduce of the shard between the groups.
 - Hidden: the share of the time on the wire (bytes / rate) that does not lengthen the step: (computing alone + wire -
   step) / wire, where computing alone is the plain model on as many ranks that do not talk, with as many samples each.
   What a strategy computes for itself counts as not hidden, so it may be below zero.
-- Loss: the mean of the last ten steps, beside that of ddp without compression. In the default's 40 steps little is
-  learnt; the second command shows what compression costs.
+- Loss: the mean of the last ten steps, beside that of ddp without compression; for diloco of the ranks' own weights. In
+  the default's 40 steps little is learnt; the second command shows what sending less costs.
 
 It needs root, iproute2, and the samples of tokenizer and texts (fetched once). The default takes some minutes.
 """
@@ -48,10 +48,13 @@ from rich.table import Table
 from benchmarks.scaling_net import INTERFACE, Network, unable
 
 ROOT = Path(__file__).resolve().parent.parent
+MEETING = 20
+"""Steps of diloco that ranks take alone; fewer in a shorter run."""
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"name": "ddp"},
     "ddp, bf16": {"name": "ddp", "compress": "bf16"},
     "ddp, powersgd": {"name": "ddp", "compress": "powersgd"},
+    "diloco": {"name": "diloco", "local_steps": MEETING},
     "fsdp": {"name": "fsdp"},
     "hybrid": {"name": "fsdp", "shard_size": 2},
     "zero1": {"name": "zero1"},
@@ -104,6 +107,8 @@ def stop(number: int, _: object) -> None:
 def measure(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each strategy on so many ranks."""
     chosen = {name: STRATEGIES[name] for name in options.strategies if name != "hybrid" or ranks == 4}
+    if "diloco" in chosen:
+        chosen["diloco"] = chosen["diloco"] | {"local_steps": min(MEETING, options.steps // 2)}
     width = options.width
     sizes = {"hidden_size": width, "num_hidden_layers": options.layers, "intermediate_size": 4 * width}
     plan = {

@@ -41,7 +41,7 @@ TAIL = 10
 """Last steps whose mean loss is compared."""
 PATIENCE = 300
 """Seconds between two measurements after which a rank ends itself; nobody is left behind."""
-SMALLEST = {"ddp": 2.0, "zero1": 2.0, "zero2": 2.0, "zero3": 3.0}
+SMALLEST = {"ddp": 2.0, "diloco": 2.0, "zero1": 2.0, "zero2": 2.0, "zero3": 3.0}
 """How often the bytes of the model are sent, times (n-1)/n."""
 
 
@@ -86,7 +86,10 @@ class Job:
 
     def measure(self, options: dict[str, Any], w: World, batch: int, links: dict[str, int | None]) -> dict[str, Any]:
         """Loss after the steps; bytes and seconds of the last of them, and seconds of further ones on each link."""
-        timed, steps = self.plan["timed"], self.plan["steps"]
+        # Where ranks meet after so many steps, a step takes and sends what it does in the mean over those.
+        period = options.get("local_steps")
+        timed, steps = period or self.plan["timed"], self.plan["steps"]
+        typical = statistics.fmean if period else statistics.median
         self.ask(None)
         shape = batch_shape(batch, None, w.size)
         strategy = choose_strategy(
@@ -100,11 +103,11 @@ class Job:
         last = [next(taken) for _ in range(timed)]
         sent = (self.sent() - before) / timed
         losses += [loss for loss, _ in last]
-        seconds = {"unlimited": statistics.median(took for _, took in last)}
+        seconds = {"unlimited": typical(took for _, took in last)}
         for name, rate in links.items():
             self.ask(rate)
             next(taken)
-            seconds[name] = statistics.median(next(taken)[1] for _ in range(timed))
+            seconds[name] = typical(next(taken)[1] for _ in range(timed))
         taken.close()
         strategy.teardown()
         reports = self.world.gather((sent, seconds))
@@ -166,6 +169,8 @@ def smallest(options: dict[str, Any], model: BertForSequenceClassification, rank
         whole = sum(4 * _sent_by_powersgd(parameter) for parameter in model.parameters())
     elif options.get("compress") == "bf16":
         whole = whole // 2
+    elif options["name"] == "diloco":
+        whole = 3 * whole // options["local_steps"]  # weights and two moments, once in a while
     return SMALLEST[options["name"]] * (ranks - 1) / ranks * whole
 
 

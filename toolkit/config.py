@@ -150,7 +150,7 @@ class OptimConfig:
 class StrategyConfig:
     """How the model, the gradients and the optimizer's state are laid over the ranks."""
 
-    name: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+    name: Literal["auto", "single", "ddp", "diloco", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     """`auto` takes what `accelerate launch` asked for: FSDP2, a ZeRO stage, else DDP on several processes."""
     reshard_after_forward: bool | None = None
     """FSDP: free the gathered parameters between forward and backward (default yes; no = more memory, less traffic)."""
@@ -168,6 +168,12 @@ class StrategyConfig:
     """PowerSGD: columns of the narrow matrices (default 4). More = closer to the gradient, more traffic."""
     compress_start: Annotated[int, Field(ge=2, strict=True)] | None = None
     """PowerSGD: steps that are sent in full before it begins (default 10)."""
+    local_steps: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """DiLoCo: steps that each rank takes alone before the ranks meet (default 20); the numbers then differ."""
+    outer_lr: Positive | None = None
+    """DiLoCo: share of the way to the ranks' average that is gone at a meeting (default 0.7; local SGD: 1)."""
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """DiLoCo: Nesterov's momentum from meeting to meeting (default 0.9; local SGD: 0)."""
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Recovery:
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step, by the settings and the clock of this rank."""
         every, minutes = self._config.every, self._config.every_minutes
-        by_steps = every is not None and step % every == 0
+        by_steps = every is not None and step // every > (self.saved or 0) // every
         return by_steps or (minutes is not None and time.monotonic() - self._saved_at > 60 * minutes)
 
     @property

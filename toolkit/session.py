@@ -424,6 +424,10 @@ class Session:
         stop, failed, due, *busy = self.world.sum(wishes).tolist()
         if failed:
             self._recovery.wait()
+        if self.evaluation_due(step.number) or step.number == self.total_steps:
+            self.strategy.synchronize()
+        if not self.strategy.synchronized:  # ranks that hold different weights can wait a few steps to be saved
+            stop = due = False
         if not stop:
             self._evaluate_if_due(validation)
         best = self.config.checkpoint.keep_best and self._progress.best_step == step.number

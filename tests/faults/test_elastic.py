@@ -116,6 +116,23 @@ def test_through_all_strategies(job: list[str], whole: Path, tmp_path: Path) -> 
     assert attempts[1].facts["changes"] == {"strategy.name": ["ddp", "fsdp"]}
 
 
+@pytest.mark.slow
+def test_ranks_that_step_alone_take_over_and_hand_back(job: list[str], whole: Path, tmp_path: Path) -> None:
+    """Each sample once; what only their meetings know begins anew."""
+    run, alone = tmp_path / "run", [*job, "--strategy.local_steps", "4"]
+    travel(job, run, [Leg(2, "ddp", stopped(2))])
+    changed = ["--checkpoint.allow_change", "strategy"]
+    for ranks, trap in ((2, stopped(4)), (3, stopped(9))):
+        options = [*alone, "--strategy.name", "diloco", *changed]
+        assert Job(options, run, ranks, functools.partial(main, trap=trap)).wait().codes == [75] * ranks
+    ended = finish([*job, "--strategy.name", "fsdp", *changed], run, 2)
+    assert consumed(run) == consumed(whole), ended.text
+    assert account(run).sound
+    strategies = [(attempt.facts["strategy"], attempt.from_step) for attempt in Attempts(run).read()]
+    assert [name for name, _ in strategies] == ["ddp", "diloco", "diloco", "fsdp"]
+    assert [step for _, step in strategies[:3]] == [0, 2, 6]
+
+
 def test_another_strategy_is_asked_for_by_name(job: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     travel(job, run, [Leg(2, "ddp", stopped(3))])

@@ -106,6 +106,17 @@ def test_killed_under_each_strategy(
     check_bits(job, reference, tmp_path, SOME, ranks, "--strategy.name", name, "--precision", precision)
 
 
+@pytest.mark.slow
+def test_killed_and_stopped_between_meetings(job: list[str], reference: Reference, tmp_path: Path) -> None:
+    """Ranks that hold different weights are not saved: a signal waits for their meeting, as an evaluation brings it."""
+    # They meet after 4, at the epoch's end, and so on: after steps 4, 7, 11, 14 and 16.
+    traps = [Trap("step", 6), Trap("step", 9, rank=1, signal=TERM), Trap("step", 13), Trap("model")]
+    run = check_bits(job, reference, tmp_path, traps, 2, "--strategy.name", "diloco", "--strategy.local_steps", "4")
+    attempts = Attempts(run).read()
+    assert attempts[1].reached == 11
+    assert {attempt.from_step for attempt in attempts} <= {0, 4, 7, 11, 14, 16}
+
+
 def test_one_rank_is_killed_and_the_others_do_not_wait(job: list[str], reference: Reference, tmp_path: Path) -> None:
     traps = [Trap("step", 5, rank=1), Trap("step", 9, rank=0), Trap("validation", 1, rank=1)]
     check_bits(job, reference, tmp_path, traps, 2, "--strategy.name", "ddp")

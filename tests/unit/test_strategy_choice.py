@@ -115,13 +115,13 @@ def test_contradiction_names_both(launcher: dict[str, str], asked: str, wish: st
 
 
 def test_every_strategy_is_tested_here() -> None:
-    assert set(STRATEGIES) == {"single", "ddp", "fsdp", "zero1", "zero2", "zero3"}
+    assert set(STRATEGIES) == {"single", "ddp", "diloco", "fsdp", "zero1", "zero2", "zero3"}
 
 
 # A strategy and the number of processes.
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "diloco", "fsdp", "zero1", "zero2", "zero3"])
 def test_strategies_that_need_company(name: str) -> None:
     error = refusal(1, name=name)
     assert f"strategy {name} has no effect on one process" in error.message
@@ -155,6 +155,9 @@ OPTIONS: dict[str, Any] = {
     "compress": "bf16",
     "compress_rank": 2,
     "compress_start": 5,
+    "local_steps": 4,
+    "outer_lr": 0.5,
+    "outer_momentum": 0.5,
 }
 
 

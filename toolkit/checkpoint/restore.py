@@ -99,8 +99,11 @@ def restore(checkpoint: Checkpoint, strategy: Strategy, world: World) -> None:
     Raises:
         CheckpointError: it was written for another model; raised on all ranks.
     """
+    shards = strategy.shards()
+    for name in [name for name in shards if name.startswith("outer/") and name not in checkpoint.manifest["tensors"]]:
+        shards.pop(name).data.zero_()  # the strategy that wrote it keeps no such thing
     try:
-        read_tensors(checkpoint.path, strategy.shards())
+        read_tensors(checkpoint.path, shards)
         problem = None
     except CheckpointError as error:
         problem = error

@@ -139,6 +139,14 @@ class Strategy(ABC):
     def update(self, learning_rate: float) -> Update:
         """Clip, step and clear the gradients. Nothing is applied where the gradient is not finite."""
 
+    @property
+    def synchronized(self) -> bool:
+        """Whether all ranks hold one training state, as most strategies let them do after each step."""
+        return True
+
+    def synchronize(self) -> None:  # noqa: B027  (those that are synchronized have nothing to do)
+        """Let all ranks hold one training state: before it is evaluated, and at the end. Collective."""
+
     @abstractmethod
     def weights(self) -> dict[str, torch.Tensor]:
         """Full weights by the plain model's names, in fp32 on the CPU of rank 0, empty elsewhere. Collective."""
@@ -148,7 +156,8 @@ class Strategy(ABC):
         """The training state that this rank holds, in place: to be copied for a checkpoint, or filled from one.
 
         `weights/NAME` (fp32), `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of each trainable parameter,
-        `weights/NAME` of each frozen one, and `buffers/NAME`, by the plain model's names.
+        `weights/NAME` of each frozen one, and `buffers/NAME`, by the plain model's names. `outer/NAME` is of a strategy
+        alone: where a checkpoint has none, it begins at zero.
         """
 
     @abstractmethod

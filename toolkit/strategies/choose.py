@@ -14,12 +14,14 @@ from toolkit.errors import ConfigError
 from toolkit.precision import Precision
 from toolkit.strategies.base import Strategy
 from toolkit.strategies.ddp import DDP
+from toolkit.strategies.diloco import DiLoCo
 from toolkit.strategies.fsdp import FSDP
 from toolkit.strategies.single import Single
 from toolkit.strategies.zero import Zero
 from toolkit.world import World
 
-STRATEGIES: dict[str, type[Strategy]] = {name: kind for kind in (Single, DDP, FSDP, Zero) for name in kind.layouts}
+_KINDS: tuple[type[Strategy], ...] = (Single, DDP, DiLoCo, FSDP, Zero)
+STRATEGIES = {name: kind for kind in _KINDS for name in kind.layouts}
 
 _FSDP_SHARDING = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 """The launcher's names, which it also takes as the numbers 1 to 5."""
