@@ -2,7 +2,8 @@
 
 `trainer-best` and `trainer-defaults` use the Trainer of transformers; `accelerate` is a loop as in accelerate's
 examples; `loop` is the shortest one, on tensors that were padded before the clock starts. All clip gradients to 1.
-Prints one line of JSON: seconds of each optimizer step, the loss over the last quarter of the steps, peak memory.
+Prints one line of JSON: seconds of each optimizer step, the time of day when the first began, the loss over the last
+quarter of the steps, peak memory.
 Nothing of the toolkit is imported.
 """
 
@@ -40,15 +41,16 @@ BEST: dict[str, Any] = {
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of one step to the end of the next."""
+    """Seconds from the end of one step to the end of the next, and the time of day when the first begins."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.began = 0.0
         self._last = 0.0
 
     def on_train_begin(self, *arguments: Any, **options: Any) -> None:
         """The first step begins."""
-        self._last = time.perf_counter()
+        self._last, self.began = time.perf_counter(), time.time()
 
     def on_step_end(self, *arguments: Any, **options: Any) -> None:
         """After the optimizer."""
@@ -88,7 +90,7 @@ def main() -> None:
     else:
         loss = with_loop(model, rows.remove_columns("length"), tokenizer, clock, options)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": clock.seconds, "loss": loss, "peak_bytes": peak}))
+    print(json.dumps({"seconds": clock.seconds, "began": clock.began, "loss": loss, "peak_bytes": peak}))
 
 
 def with_trainer(model: Any, rows: Any, tokenizer: Any, clock: Clock, options: argparse.Namespace) -> float:

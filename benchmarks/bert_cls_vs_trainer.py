@@ -119,8 +119,18 @@ def write_texts(folder: Path, lengths: str, count: int) -> float:
 
 
 def ours(folder: Path, number: int, model: str, steps: int) -> Figures:
-    """The recipe, as a user starts it."""
+    """One run of the recipe."""
     target = folder / f"ours_{number}"
+    run([sys.executable, *recipe(folder, target, model, steps)])
+    lines = [json.loads(line) for line in (target / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines]
+    report = json.loads((target / "report.json").read_text(encoding="utf-8"))
+    seconds = [BATCH / line["samples_per_second"] for line in lines]
+    return figures(seconds, statistics.fmean(losses[-max(1, steps // 4) :]), report["peak_bytes"])
+
+
+def recipe(folder: Path, target: Path, model: str, steps: int) -> list[str]:
+    """The recipe's command line on the texts in `folder`, as a user writes it."""
     options = {
         "model.name": model,
         "data.name": folder / "train.csv",
@@ -135,24 +145,22 @@ def ours(folder: Path, number: int, model: str, steps: int) -> Figures:
         "run.dir": target,
         "run.eval_every": steps,
     }
-    command = [sys.executable, str(ROOT / "recipes" / "bert_cls.py")]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    run(command)
-    lines = [json.loads(line) for line in (target / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines]
-    report = json.loads((target / "report.json").read_text(encoding="utf-8"))
-    seconds = [BATCH / line["samples_per_second"] for line in lines]
-    return figures(seconds, statistics.fmean(losses[-max(1, steps // 4) :]), report["peak_bytes"])
+    settings = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [str(ROOT / "recipes" / "bert_cls.py"), *settings]
 
 
 def peer(folder: Path, number: int, model: str, steps: int, name: str) -> Figures:
-    """One of the scripts of `bert_cls_peers.py`."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "bert_cls_peers.py"), name, "--model", model]
-    command += ["--data", str(folder / "train.csv"), "--output", str(folder / f"peer_{number}")]
-    command += ["--steps", str(steps), "--batch", str(BATCH), "--max-length", str(LONGEST), "--lr", str(LR)]
-    found: dict[str, Any] = json.loads(run(command).splitlines()[-1])
-    return figures(**found)
+    """One run of a peer."""
+    printed = run([sys.executable, *peer_script(folder, folder / f"peer_{number}", model, steps, name)])
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return figures(found["seconds"], found["loss"], found["peak_bytes"])
+
+
+def peer_script(folder: Path, target: Path, model: str, steps: int, name: str) -> list[str]:
+    """The command line of one of the scripts of `bert_cls_peers.py`."""
+    command = [str(ROOT / "benchmarks" / "bert_cls_peers.py"), name, "--model", model]
+    command += ["--data", str(folder / "train.csv"), "--output", str(target), "--steps", str(steps)]
+    return [*command, "--batch", str(BATCH), "--max-length", str(LONGEST), "--lr", str(LR)]
 
 
 def figures(seconds: list[float], loss: float, peak_bytes: int) -> Figures:

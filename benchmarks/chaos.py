@@ -12,7 +12,6 @@ The exit code is 1 if anything differs, was lost, or needed help. The sample of 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -41,6 +40,7 @@ from transformers import BertConfig
 
 from benchmarks.chaos_faults import KILLS, KINDS, Fault, recover, strike
 from benchmarks.chaos_job import Job, compare, crashes_in_a_row, repeated_steps, step_seconds
+from benchmarks.lines import write_line
 from toolkit.checkpoint.attempts import Attempts
 from toolkit.config import ModelConfig
 from toolkit.models import load_tokenizer
@@ -82,9 +82,7 @@ def main() -> None:
         result |= {"load": [round(load, 1) for load in os.getloadavg()], "torch": torch.__version__}
         result |= {"device": f"{os.cpu_count()} cores, {platform.machine()}"}
         show(result)
-        if options.json:
-            with options.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+        write_line(result, options.json)
         raise SystemExit(0 if result["passed"] else 1)
 
 

@@ -13,7 +13,6 @@ Nothing leaves this machine; the samples of tokenizer and texts must have been f
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -38,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig
 
+from benchmarks.lines import write_line
 from benchmarks.resume_figures import (
     Run,
     compare,
@@ -134,11 +134,7 @@ def main() -> None:
         "device": f"{os.cpu_count()} cores, {platform.machine()}",
     }
     show(result)
-    line = json.dumps(result)
-    print(line)
-    if options.output:
-        with options.output.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    write_line(result, options.output)
 
 
 def prepare(folder: Path, *, samples: int, dropout: float) -> tuple[Job, set[int]]:

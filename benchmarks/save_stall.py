@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import os
 import platform
@@ -41,6 +40,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.lines import write_line
 from toolkit.checkpoint.manifest import write_file
 from toolkit.checkpoint.rng import rng_state
 from toolkit.checkpoint.saver import Saver
@@ -71,11 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="save_stall_", dir=options.folder) as folder:
         result = on_ranks(options, Path(folder))
     show(result)
-    line = json.dumps(result)
-    print(line)
-    if options.json:
-        with options.json.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    write_line(result, options.json)
 
 
 def on_ranks(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lines import write_line
 from benchmarks.scaling_net import INTERFACE, Network, unable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,11 +89,7 @@ def main() -> None:
     result = facts(options) | {"rows": [row for ranks in options.ranks for row in measure(ranks, options)]}
     add_ratios(result)
     show(result)
-    line = json.dumps(result)
-    print(line)
-    if options.json:
-        with options.json.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    write_line(result, options.json)
     if options.plot:
         plot(result, options.plot)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -19,6 +18,8 @@ import transformers
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.lines import write_line
 
 Figures = dict[str, Any]
 """Of one run: the measured figure and whatever else is worth a median."""
@@ -101,11 +102,7 @@ def show(result: Figures, names: Mapping[str, str], *, digits: int = 1) -> None:
 def write(result: Figures, options: argparse.Namespace, names: Mapping[str, str], title: str) -> None:
     """As a line of JSON and a chart, where they were asked for; the line on the screen in any case."""
     rounded = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in result.items()}
-    line = json.dumps(rounded)
-    print(line)
-    if options.json:
-        with options.json.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    write_line(rounded, options.json)
     if options.plot:
         plot(result, names, title, options.plot)
 

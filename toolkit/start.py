@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -11,6 +12,7 @@ from typing import Any, TextIO, TypeVar, cast
 
 import transformers
 
+from toolkit import GARBAGE_THRESHOLD
 from toolkit.config import RecipeConfig, parse
 from toolkit.environment import is_main_rank, rank_name, report_exit_code
 from toolkit.errors import RESUMABLE_EXIT_CODE, USER_ERROR_EXIT_CODE, ToolkitError
@@ -50,6 +52,8 @@ def _run(main: Callable[[Settings], object], config_class: type[Settings], descr
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by DCP, of a process alone
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    gc.freeze()  # what the imports have made is never garbage
+    gc.set_threshold(*GARBAGE_THRESHOLD)
     debug = False
     try:
         check_versions()

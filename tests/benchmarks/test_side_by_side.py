@@ -19,6 +19,8 @@ COMMANDS = [
     ["bert_cls_vs_trainer.py", "--rows", "32", "--peer", "trainer-best"],
     ["predict_vs_pipeline.py", "--rows", "32"],
     ["predict_vs_pipeline.py", "--rows", "32", "--peer", "trainer"],
+    ["start_vs_trainer.py", "--rows", "32"],
+    ["step_by_network.py", "--network", "vit"],
 ]
 
 

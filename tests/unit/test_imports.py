@@ -128,7 +128,7 @@ def imports(files: list[Path], package: str) -> list[Import]:
 
 
 def floor(module: str) -> int:
-    """The package itself, which holds nothing but its docstring, lies below all."""
+    """The package itself, which imports nothing of its own, lies below all."""
     parts = module.split(".")
     return FLOORS.index(parts[1]) if len(parts) > 1 else -1
 
@@ -178,6 +178,13 @@ def test_standard_library_only(path: Path) -> None:
     allowed = sys.stdlib_module_names | ({"launch"} if "launch" in path.parts else {"toolkit"})
     foreign = [item for item in imports_of(path) if item.imported.split(".")[0] not in allowed]
     assert foreign == []
+
+
+def test_a_recipe_leaves_to_later_what_it_may_not_need() -> None:
+    late = "{'matplotlib', 'sklearn', 'deepspeed', 'peft', 'bitsandbytes', 'tensorboard'}"
+    code = f"import sys, recipes.bert_cls; print(*({late} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == ""
 
 
 def test_what_is_light_does_not_wait_for_torch() -> None:

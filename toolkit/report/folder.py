@@ -29,7 +29,7 @@ REDACTED = "REDACTED"
 
 _PACKAGES = (
     *("largemodel-toolkit", "torch", "accelerate", "transformers", "tokenizers", "datasets", "safetensors", "numpy"),
-    *("scikit-learn", "deepspeed", "peft", "bitsandbytes"),
+    *("deepspeed", "peft", "bitsandbytes"),
 )
 _ENVIRONMENT = re.compile(
     r"(ACCELERATE|FSDP|NCCL|GLOO|TORCH|PYTORCH|MKL|KMP)_[A-Z0-9_]+"

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import precision_recall_fscore_support
 
 from toolkit.tasks.base import Batch, Task
 
@@ -93,14 +92,8 @@ class Classification(Task):
     def metrics(self, counts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Accuracy, macro precision, recall and F1, loss, the confusion matrix and a row for each class."""
         confusion = counts["confusion"].cpu().numpy().astype(np.int64)
-        true, predicted = (axis.ravel() for axis in np.indices(confusion.shape))
-        precision, recall, f1, support = precision_recall_fscore_support(
-            true,
-            predicted,
-            sample_weight=confusion.ravel(),
-            labels=range(len(self.labels)),
-            zero_division=0,
-        )
+        hits, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        precision, recall, f1 = _share(hits, predicted), _share(hits, support), _share(2 * hits, predicted + support)
         units = float(counts["units"])
         return {
             "accuracy": float(confusion.trace() / units),
@@ -121,6 +114,11 @@ class Classification(Task):
         logits = outputs.logits.float()
         losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)
         return (losses * batch.weights).sum()
+
+
+def _share(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Their ratio, and 0 of nothing."""
+    return part / np.maximum(whole, 1)
 
 
 def _whole_numbers(values: Any) -> npt.NDArray[Any] | None:
