@@ -109,6 +109,8 @@ class TrainConfig:
     """Clip the gradient to this global norm; `None` does not clip."""
     padding_free: Literal["auto", "on", "off"] = "auto"
     """Compute on real tokens alone, with attention within each text: `auto` where the model's outputs stay the same."""
+    compile: bool = False
+    """Let torch compile the model's blocks (torch.compile). The first steps wait for it; worth a try on GPUs."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes in the training loss."""
     on_fault: Literal["stop", "rewind"] = "stop"

@@ -93,6 +93,8 @@ class Journal:
                 f"work planned {balance['imbalance']:.1%} apart; "
                 f"the average rank waited {balance['waited']:.1%} of data and forward for the slowest"
             )
+        if "compile_seconds" in report:
+            extra["compiling"] = f"{report['compile_seconds']:.0f} s of them (first process)"
         if report["skipped_steps"]:
             extra["skipped"] = f"{report['skipped_steps']} steps, by fp16's loss scaler"
         before, test = (_figures(report[key]) for key in ("before", "test"))

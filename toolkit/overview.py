@@ -24,7 +24,7 @@ def overview(
             "ranks": f"{world.size} on {world.device.type}",
             "precision": f"{precision.name} ({precision.reason})",
         }
-        | _compression(effective),
+        | _slow_links(effective),
         "training": {
             "steps": f"{schedule.total_steps:,} ({schedule.total_steps / steps_per_epoch:.2f} epochs)",
             "batch": f"{shape.global_batch} = {shape.micro_batch} × {shape.accumulation} accumulated "
@@ -37,7 +37,12 @@ def overview(
     }
 
 
-def _compression(effective: Mapping[str, Any]) -> dict[str, str]:
+def _slow_links(effective: Mapping[str, Any]) -> dict[str, str]:
+    if "local_steps" in effective:
+        return {
+            "meetings": f"every {effective['local_steps']} steps and before evaluations; outer learning rate "
+            f"{effective['outer_lr']:g}, momentum {effective['outer_momentum']:g}"
+        }
     if effective.get("compress", "none") == "none":
         return {}
     if effective["compress"] == "bf16":

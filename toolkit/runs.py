@@ -30,7 +30,7 @@ FREE = (
 """Keys and sections that change nothing in what a run computes: they may always differ."""
 SAFE = (
     *("strategy", "precision", "optim", "train.micro_batch", "train.eval_batch", "train.steps", "train.epochs"),
-    *("train.max_grad_norm", "train.label_smoothing", "train.padding_free"),
+    *("train.max_grad_norm", "train.label_smoothing", "train.padding_free", "train.compile"),
     *("train.on_fault", "train.spike", "train.max_rewinds"),
     *("run.eval_every", "run.early_stopping"),
 )

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from toolkit.checkpoint.export import write_base, write_model
-from toolkit.compute import remove_padding, replace_dropout
+from toolkit.compute import compile_blocks, compile_seconds, remove_padding, replace_dropout
 from toolkit.config import RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
@@ -182,6 +182,7 @@ class Session:
         if self.world.device.type == "cpu":
             replace_dropout(model)
         self._padding_free = padding == "none"
+        blocks = compile_blocks(model, self.world.device) if self.config.train.compile else 0
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim))
         self._tokenizer = tokenizer
         self._folder = RunFolder(self.world.on_main(self._open_folder))
@@ -196,6 +197,8 @@ class Session:
         rows["model"] = rows.get("model", {}) | parameters
         rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
         rows["training"]["padding"] = padding
+        if blocks:
+            rows["training"]["compiled"] = f"{blocks} blocks; the first steps wait for it"
         self.world.on_main(lambda: self._write_manifest(data_fingerprint))
         module: Any = self.strategy.module
         self.world.on_main(lambda: write_base(module, tokenizer, self.folder.path / "base"))
@@ -607,7 +610,8 @@ class Session:
 
     def _close_report(self, status: str) -> None:
         balance = self._pace.balance() if self.world.size > 1 else None
-        self.describe(balance=balance, peak_bytes=peak_bytes(self.world.device))
+        compiling = {"compile_seconds": compile_seconds()} if self.config.train.compile else {}
+        self.describe(balance=balance, peak_bytes=peak_bytes(self.world.device), **compiling)
         self._journal.close_report(status, self._progress, self._seconds, self._recovery.attempt)
 
     def _save_model(self) -> None:

@@ -1,4 +1,6 @@
 """How a model of the hub computes: on real tokens alone, with attention and dropout that fit the machine."""
 
+from toolkit.compute.compiled import compile_blocks as compile_blocks
+from toolkit.compute.compiled import compile_seconds as compile_seconds
 from toolkit.compute.dropout import replace_dropout as replace_dropout
 from toolkit.compute.padding_free import remove_padding as remove_padding
