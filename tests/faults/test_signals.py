@@ -23,6 +23,7 @@ import pytest
 
 from tests.faults.jobs import Ended, Job, Reference, curve, differences, finish, last_step
 from tests.faults.trapped import Naps, Trap, main
+from tests.processes import alive
 from tests.recipes.launching import RECIPE, ROOT, environment, start
 from toolkit.checkpoint.attempts import Attempts
 from toolkit.checkpoint.store import Store
@@ -425,10 +426,3 @@ def wait_until(condition: Callable[[], Any], timeout: float = 90) -> None:
 
 def wait_until_gone(processes: Sequence[psutil.Process], timeout: float) -> None:
     wait_until(lambda: not any(map(alive, processes)), timeout)
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:  # it ended between the two questions
-        return False

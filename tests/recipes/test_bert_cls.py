@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.processes import alive
 from tests.ranks import on_ranks
 from tests.recipes.launching import RECIPE, ROOT, launch, recipe, start
 from toolkit.config import from_yaml
@@ -152,7 +153,7 @@ def test_ctrl_c_ends_cleanly_with_a_partial_report(config: str, tiny_job: list[s
     out, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in family):
+    while any(map(alive, family)):
         assert time.monotonic() < deadline, "processes are left"
         time.sleep(0.1)
     lines, report, _ = read(tmp_path / "run")

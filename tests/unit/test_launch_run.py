@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from launch.run import several_nodes, verdict
+from tests.processes import alive
 from tests.ranks import free_port
 from tests.recipes.launching import environment
 from toolkit.environment import report_exit_code
@@ -115,7 +116,7 @@ class Job:
 
     def alive(self) -> list[int]:
         pids = [int(file.name.split("_")[2]) for file in self.folder.glob("pid_*")]
-        return [pid for pid in pids if running(pid)]
+        return [pid for pid in pids if alive(pid)]
 
     def launcher(self) -> psutil.Process:
         """The process of `accelerate launch`."""
@@ -128,12 +129,6 @@ class Job:
     def output(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.read()
-
-
-def running(pid: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 def wait_until(fact: Callable[[], bool], seconds: float) -> None:
@@ -304,7 +299,7 @@ def test_the_death_of_launch_run_itself(job: Callable[..., Job], config: str) ->
     one.wait_for("ready_*", ranks)
     launcher = one.launcher()
     one.process.kill()
-    wait_until(lambda: one.alive() == [] and not running(launcher.pid), 10)
+    wait_until(lambda: one.alive() == [] and not alive(launcher.pid), 10)
     assert len(one.saved()) == ranks
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import alive
 from toolkit.signals import LAUNCHER_HAS_ENDED, SAME_WISH, SIGNALS, StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +77,7 @@ def rest(process: subprocess.Popen[str], timeout: float = 10) -> tuple[int, str]
 
 def wait_until_gone(pid: int) -> None:
     deadline = time.monotonic() + 10
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    while alive(pid):
         assert time.monotonic() < deadline, f"process {pid} lives on"
         time.sleep(0.05)
 
