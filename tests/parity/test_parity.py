@@ -31,7 +31,9 @@ BOUNDS = {
 
 
 def test_every_strategy_is_enrolled() -> None:
-    assert {name for name, _ in LAYOUTS} == set(STRATEGIES) == {"single", "ddp", "fsdp", "zero1", "zero2", "zero3"}
+    """All but DiLoCo, whose ranks step alone: it does not promise the numbers of one process."""
+    enrolled = {name for name, _ in LAYOUTS}
+    assert enrolled == set(STRATEGIES) - {"diloco"} == {"single", "ddp", "fsdp", "zero1", "zero2", "zero3"}
     assert {(name, layout.ranks) for name, layout in LAYOUTS} >= {("ddp", 3), ("fsdp", 4)}
 
 
