@@ -91,6 +91,88 @@ class TextDataConfig:
 
 
 @dataclass(frozen=True)
+class DecoderConfig:
+    """The language model to train: a new one of these sizes, or one to go on from."""
+
+    name: str | None = None
+    """Weights to go on from: `sample:NAME`, a local folder, or a hub id. Its sizes are its own. By default a new
+    network."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    architecture: Literal["llama", "qwen3", "gpt2"] = "llama"
+    """Kind of a new network: as transformers has it."""
+    layers: Count = 6
+    """Blocks of a new network."""
+    hidden_size: Count = 256
+    """Width of a new network."""
+    heads: Count = 4
+    """Attention heads of a block."""
+    kv_heads: Count | None = None
+    """Heads of keys and values, which heads share (grouped-query attention). By default as many as `heads`."""
+    mlp_size: Count | None = None
+    """Inner width of a feed-forward layer. By default 8/3 of the width for gated ones (a multiple of 64), else 4."""
+    rope_theta: Positive = 10_000.0
+    """Base of the rotary position embedding."""
+    tie_embeddings: bool = True
+    """Let the output layer be the table of the input embedding."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Overrides every dropout probability of the network."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions; a parameter whose name one of them matches (anywhere) is not trained."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
+    """Attention implementation of transformers. By default sdpa for the networks that have it, else eager."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens: by a tokenizer that is there, or by one that is trained on the data."""
+
+    name: str | None = None
+    """`sample:NAME`, a local folder, or a hub id. By default that of `model.name`; for a new network one is trained."""
+    vocabulary: Annotated[int, Field(ge=260, strict=True)] = 8192
+    """Size of the vocabulary that is trained (byte-level BPE), special tokens among it."""
+    train_bytes: Count = 100_000_000
+    """Bytes of text that a tokenizer is trained on, at most."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Plain texts: where they are, how they are split and packed into sequences."""
+
+    name: tuple[str, ...] = ("sample:bbc-news",)
+    """One source or several: `sample:NAME`, a file, folder or glob (text, JSONL, CSV, Parquet), or a hub id."""
+    weights: tuple[Positive, ...] = ()
+    """Share of the training tokens that each source gives. One that is too small for its share is repeated within the
+    epoch. By default all are taken as they are."""
+    text: str = "text"
+    """Column that holds the text."""
+    texts_in: Literal["file", "paragraph", "line"] = "file"
+    """What one text of a .txt file is: all of it, a paragraph between blank lines, or a line."""
+    validation: tuple[str, ...] = ()
+    """Sources of the validation split. Without it a share of the texts is held out."""
+    test: tuple[str, ...] = ()
+    """Sources of the test split. Without it a share of the texts is held out."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.03
+    """Share of the texts held out for validation where no validation split is given."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.03
+    """Share of the texts held out for the test where no test split is given."""
+    train_texts: Count | None = None
+    """Use at most so many training texts."""
+    split_seed: Natural = 0
+    """Seed of the splits, apart from the run's seed, so that runs with other seeds are tested alike."""
+    deduplicate: bool = True
+    """Drop texts that stand in an earlier row."""
+    max_length: Annotated[int, Field(ge=8, strict=True)] = 512
+    """Tokens of a sequence: texts are packed into it, and one that is longer goes on in another."""
+    workers: Natural = 0
+    """Processes that collate batches beside the training process; 0 collates in it."""
+    tokenize_processes: Count | None = None
+    """Processes that cut texts into tokens; by default one for each core, at most 8. Small data uses fewer."""
+    max_bad_rows: Natural = 100
+    """Training sequences that may turn out unfit (damaged) and are left out, before the run stops."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long, and in what batches."""
 
@@ -122,6 +204,18 @@ class TrainConfig:
     the last 100 losses) above their median; 10 is a cautious choice. By default nothing is a spike."""
     max_rewinds: Count = 3
     """Rewinds of one run, after which a fault stops it."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What the model is let write after each evaluation on the validation split."""
+
+    prompts: tuple[str, ...] = ()
+    """Beginnings of texts that it goes on with. None: it writes nothing."""
+    tokens: Count = 40
+    """Tokens that it adds to each, at most."""
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7
+    """Of the distribution that tokens are drawn from; 0 takes the likeliest each time."""
 
 
 @dataclass(frozen=True)

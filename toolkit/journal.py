@@ -11,6 +11,8 @@ from toolkit.report import Console, RunFolder, Trackers, write_html
 from toolkit.report.step_time import step_time_notes, step_time_rows
 from toolkit.world import World
 
+_SHOWN = ("loss", "accuracy", "perplexity", "bits_per_byte")
+
 
 class Journal:
     """The record of one run. Every method may be called by all ranks; the first one writes.
@@ -60,7 +62,7 @@ class Journal:
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Enter an evaluation on the validation split."""
-        shown = ", ".join(f"{key} {value:.4f}" for key, value in figures.items() if key in ("loss", "accuracy"))
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in figures.items() if key in _SHOWN)
         self._console.note(f"validation after step {step}: {shown}")
         self._log({f"validation/{key}": value for key, value in figures.items()}, step)
 

@@ -19,6 +19,7 @@ class Progress:
         loss: of the last step.
         baseline: metrics on the test split before training.
         evaluations: on the validation split, each with its `step`.
+        texts: what the model wrote after them, each with its `step`, `prompt` and `text`.
         best_loss, best_step, stale: lowest validation loss, where it was, and evaluations since.
         seconds, training_seconds: of all attempts; with everything, and in steps alone.
         skipped_steps: by fp16's loss scaler.
@@ -34,6 +35,7 @@ class Progress:
     loss: float | None = None
     baseline: dict[str, Any] | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    texts: list[dict[str, Any]] = field(default_factory=list)
     best_loss: float | None = None
     best_step: int = 0
     stale: int = 0
@@ -72,6 +74,7 @@ class Progress:
         return {
             "steps": self.step,
             "evaluations": self.evaluations,
+            "texts": self.texts,
             "seconds": seconds,
             "samples_per_second": self.samples / self.training_seconds if self.training_seconds else 0.0,
             "skipped_steps": self.skipped_steps,

@@ -20,11 +20,12 @@ from torch import nn
 
 from toolkit.checkpoint.export import write_base, write_model
 from toolkit.compute import compile_blocks, compile_seconds, remove_padding, replace_dropout
-from toolkit.config import RecipeConfig, plain, to_yaml
+from toolkit.config import GenerateConfig, RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
 from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
+from toolkit.generation import continue_texts
 from toolkit.journal import Journal
 from toolkit.memory import peak_bytes
 from toolkit.models import parameter_counts
@@ -92,6 +93,7 @@ class Session:
         self._progress = Progress()
         self._guard = LossGuard(config.train.spike)
         self._fault = ""
+        self._generate = GenerateConfig()
         self._ready = False
         self._began = self._last_time = time.monotonic()
         self._seconds_before = 0.0
@@ -267,6 +269,10 @@ class Session:
         if self.config.checkpoint.keep_best and (best := self._recovery.load_best(self._progress.best_step)):
             self.console.note(f"the weights of step {best.step}, with the lowest validation loss, are in force")
 
+    def write_texts(self, config: GenerateConfig) -> None:
+        """Let the model, one of language, go on with some texts after each evaluation on the validation split."""
+        self._generate = config
+
     def train_step(self, step: Step) -> StepResult:
         """`engine.train_step` with the run's learning rate, seed and guard against bad losses."""
         return train_step(
@@ -322,12 +328,12 @@ class Session:
             self._note_bad_rows(step)
         self._pace.add(result.busy)
 
-    def finish(self, *, before: Mapping[str, Any], test: Mapping[str, Any], majority: float) -> None:
+    def finish(self, *, before: Mapping[str, Any], test: Mapping[str, Any], majority: float | None = None) -> None:
         """Save the model, write the reports and show the final figures.
 
         Args:
             before, test: metrics on the test split, untrained and trained.
-            majority: share of its most frequent label.
+            majority: share of its most frequent label, where there are labels.
         """
         self._watchdog.beat("saving", self._progress.step)
         self._recovery.wait()
@@ -460,6 +466,23 @@ class Session:
         figures = {key: value for key, value in metrics.items() if isinstance(value, float)}
         progress.note_evaluation(figures)
         self._journal.evaluation(progress.step, figures)
+        if self._generate.prompts:
+            self._continue_texts()
+
+    def _continue_texts(self) -> None:
+        config, step = self._generate, self._progress.step
+        texts = continue_texts(
+            self.strategy,
+            self._tokenizer,
+            config.prompts,
+            tokens=config.tokens,
+            temperature=config.temperature,
+            seed=self.config.run.seed,
+            on_token=lambda: self._watchdog.beat("evaluation", step),
+        )
+        for prompt, text in zip(config.prompts, texts, strict=True):
+            self._progress.texts.append({"step": step, "prompt": prompt, "text": text})
+            self.console.note(f"{prompt} … {text}")
 
     def _save(self) -> None:
         progress = self._progress

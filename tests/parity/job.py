@@ -10,15 +10,23 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from toolkit.compute import fuse_loss, remove_padding
 from toolkit.config import OptimConfig, StrategyConfig
 from toolkit.data.loader import Loader, batch_shape
 from toolkit.engine import evaluate, train_step
 from toolkit.optim import adamw, build_schedule
 from toolkit.precision import Precision
 from toolkit.strategies import choose_strategy
-from toolkit.tasks import Batch, Classification
+from toolkit.tasks import Batch, Classification, LanguageModeling
 from toolkit.world import world
 
 CLASSES = 3
@@ -43,6 +51,7 @@ class Job:
     frozen: str = ""
     samples: int = SAMPLES
     loss_scale: float | None = None
+    network: str = "bert"
 
 
 @dataclass
@@ -97,6 +106,30 @@ def tiny_data(samples: int = SAMPLES) -> Dataset:
     return Dataset.from_dict({"input_ids": rows, "label": labels.tolist(), "length": lengths.tolist(), "id": ids})
 
 
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(7)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            vocab_size=100,
+            max_position_embeddings=32,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+@functools.cache
+def tiny_texts() -> Dataset:
+    """The rows of `tiny_data`, each in two pieces."""
+    rows = tiny_data()
+    pieces = [[1 + length // 3, length - 1 - length // 3] for length in rows["length"]]
+    return rows.remove_columns("label").add_column("pieces", pieces).add_column("bytes", rows["length"][:])
+
+
 class Recording(Classification):
     """Classification that notes which samples this rank really computed a loss for."""
 
@@ -107,6 +140,29 @@ class Recording(Classification):
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
         self.seen[-1].extend(batch.ids)
         return super().loss(outputs, batch)
+
+
+class RecordingTexts(LanguageModeling):
+    """The same of texts."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__(tiny_tokenizer(), vocabulary=100, fused=fused)
+        self.seen: list[list[int]] = []
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        if torch.is_grad_enabled():  # an evaluation measures with it too
+            self.seen[-1].extend(batch.ids)
+        return super().loss(outputs, batch)
+
+
+def make(job: Job) -> tuple[nn.Module, Recording | RecordingTexts, Dataset]:
+    """The model, what it is trained for, and on which rows; a language model plain, or as its recipe makes it."""
+    if job.network == "bert":
+        return tiny_bert(job.dropout), Recording(), tiny_data(job.samples)
+    model, lean = tiny_llama(), job.network == "llama without logits or padding"
+    if lean:
+        assert [fuse_loss(model), remove_padding(model)] == ["", ""]
+    return model, RecordingTexts(lean), tiny_texts()
 
 
 def train(job: Job) -> Outcome:
@@ -122,7 +178,7 @@ def train(job: Job) -> Outcome:
         shape=shape,
         max_grad_norm=job.max_grad_norm,
     )
-    model = tiny_bert(job.dropout)
+    model, task, data = make(job)
     for name, parameter in model.named_parameters():
         if job.frozen and name.startswith(job.frozen):
             parameter.requires_grad_(False)
@@ -132,7 +188,6 @@ def train(job: Job) -> Outcome:
     if job.loss_scale:
         strategy.scaler.scale = job.loss_scale  # type: ignore[attr-defined]
     schedule = build_schedule(optim, job.steps)
-    task, data = Recording(), tiny_data(job.samples)
     loader = Loader(data, task.collate, shape, rank=w.rank, seed=5)
     results = []
     for step in loader.steps(job.steps):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity.job import GLOBAL_BATCH, RAGGED, SAMPLES, STEPS, Job, Outcome, tiny_bert, train
+from tests.parity.job import GLOBAL_BATCH, RAGGED, SAMPLES, STEPS, Job, Outcome, make, tiny_bert, train
 from tests.ranks import on_ranks
 from toolkit.engine import seed_all
 from toolkit.strategies import STRATEGIES, Layout
@@ -42,8 +42,9 @@ def reference(precision: str, samples: int = SAMPLES) -> Outcome:
     return on_ranks(train, 1, Job(precision=precision, samples=samples))[0]
 
 
-def difference(outcome: Outcome, expected: Outcome) -> dict[str, float]:
-    start = {name: tensor.detach().numpy() for name, tensor in tiny_bert().state_dict().items()}
+def difference(outcome: Outcome, expected: Outcome, network: str = "bert") -> dict[str, float]:
+    model, _, _ = make(Job(network=network))
+    start = {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}
     moved = sum(float(((expected.weights[n] - start[n]) ** 2).sum()) for n in start)
     apart = sum(float(((expected.weights[n] - outcome.weights[n]) ** 2).sum()) for n in start)
     size = sum(float((expected.weights[n] ** 2).sum()) for n in start)

@@ -103,6 +103,7 @@ def test_from_one_to_the_next(precision: str, places: list[Place], tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_from_each_to_each(tmp_path: Path) -> None:
     start = taught(("ddp", 2, None), "fp32", tmp_path)
     check_chain(every_pair(PLACES), blank(), start, start, tmp_path)

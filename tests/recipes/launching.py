@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import subprocess
@@ -49,20 +50,23 @@ def environment() -> dict[str, str]:
     return kept | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
 
 
-def recipe(argv: list[str], cwd: str, main: Callable[[Any], None] | None = None) -> tuple[int, str]:
-    """The recipe's command line in this process (a forked one): exit code and all that it printed.
+def recipe(
+    argv: list[str], cwd: str, main: Callable[[Any], None] | None = None, name: str = "bert_cls"
+) -> tuple[int, str]:
+    """A recipe's command line in this process (a forked one): exit code and all that it printed.
 
     Another `main` with the same settings may stand in for the recipe's.
     """
-    from recipes import bert_cls
     from toolkit.start import start as start_recipe
 
+    module = importlib.import_module(f"recipes.{name}")
+
     os.chdir(cwd)
-    sys.argv = [str(RECIPE), *argv]
+    sys.argv = [str(RECIPE.with_stem(name)), *argv]
     code, text = 0, io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         try:
-            start_recipe(main or bert_cls.main, bert_cls.Config, bert_cls.__doc__ or "")
+            start_recipe(main or module.main, module.Config, module.__doc__ or "")
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
     return code, text.getvalue()

@@ -15,12 +15,16 @@ import yaml
 from toolkit import config as sections
 from toolkit.config import (
     CheckpointConfig,
+    CorpusConfig,
+    DecoderConfig,
+    GenerateConfig,
     ModelConfig,
     OptimConfig,
     Precision,
     RunConfig,
     StrategyConfig,
     TextDataConfig,
+    TokenizerConfig,
     TrainConfig,
     from_yaml,
     parse,
@@ -32,6 +36,10 @@ from toolkit.errors import ConfigError
 SECTIONS: dict[str, Any] = {
     "model": ModelConfig,
     "data": TextDataConfig,
+    "decoder": DecoderConfig,
+    "tokenizer": TokenizerConfig,
+    "corpus": CorpusConfig,
+    "generate": GenerateConfig,
     "train": TrainConfig,
     "optim": OptimConfig,
     "strategy": StrategyConfig,
@@ -47,6 +55,10 @@ class Config:
 
     model: ModelConfig = DEFAULT["model"]
     data: TextDataConfig = DEFAULT["data"]
+    decoder: DecoderConfig = DEFAULT["decoder"]
+    tokenizer: TokenizerConfig = DEFAULT["tokenizer"]
+    corpus: CorpusConfig = DEFAULT["corpus"]
+    generate: GenerateConfig = DEFAULT["generate"]
     train: TrainConfig = DEFAULT["train"]
     optim: OptimConfig = DEFAULT["optim"]
     precision: Precision = "auto"

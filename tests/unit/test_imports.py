@@ -39,6 +39,7 @@ FLOORS = (
     "strategies",
     "numerics",
     "engine",
+    "generation",
     "checkpoint",
     "progress",
     "recovery",

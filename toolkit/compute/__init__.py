@@ -1,6 +1,8 @@
-"""How a model of the hub computes: on real tokens alone, with attention and dropout that fit the machine."""
+"""How a model of the hub computes: on real tokens alone, with losses, attention and dropout that fit the machine."""
 
 from toolkit.compute.compiled import compile_blocks as compile_blocks
 from toolkit.compute.compiled import compile_seconds as compile_seconds
+from toolkit.compute.cross_entropy import fuse_loss as fuse_loss
+from toolkit.compute.cross_entropy import linear_cross_entropy as linear_cross_entropy
 from toolkit.compute.dropout import replace_dropout as replace_dropout
 from toolkit.compute.padding_free import remove_padding as remove_padding

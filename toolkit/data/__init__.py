@@ -1,9 +1,20 @@
-"""Data: sources → clean → split → tokenize → loader.
+"""Data: sources → clean → split → tokenize → (pack) → loader.
 
-A recipe calls one verb, which gives token ids in three splits, prepared once and cached by content. What feeds
+A recipe calls a verb or two, which give token ids in three splits, prepared once and cached by content. What feeds
 them to the ranks is in `toolkit.data.loader`.
 """
 
+from toolkit.data.bpe import decoder_tokenizer
+from toolkit.data.language import LanguageData, language
 from toolkit.data.text_classification import TextClassification, text_classification
+from toolkit.data.text_corpus import TextCorpus, text_corpus
 
-__all__ = ["TextClassification", "text_classification"]
+__all__ = [
+    "LanguageData",
+    "TextClassification",
+    "TextCorpus",
+    "decoder_tokenizer",
+    "language",
+    "text_classification",
+    "text_corpus",
+]

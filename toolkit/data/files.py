@@ -10,6 +10,7 @@ import csv
 import glob
 import gzip
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -36,6 +38,7 @@ _KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
 }
 _BYTES_FOR_A_BAR = 100_000_000
+TextsIn = Literal["file", "paragraph", "line"]
 
 
 Role = Literal["train", "validation", "test"]
@@ -59,12 +62,14 @@ class Part:
     Attributes:
         kind: how they are read.
         files: in the order of their names.
-        classes: for text files only, the class of each; otherwise empty.
+        classes: for text files only, the class of each; empty where they have none.
+        texts_in: for text files only, what one text is: a whole file, a paragraph between blank lines, or a line.
     """
 
     kind: Kind
     files: tuple[Path, ...]
     classes: tuple[str, ...] = ()
+    texts_in: TextsIn = "file"
 
 
 @dataclass(frozen=True)
@@ -82,22 +87,29 @@ class Labelled:
     begins: tuple[tuple[int, str], ...]
 
 
-def kind_of(path: Path) -> Kind | None:
-    """The kind of a data file by its name, without regard to `.gz`; None for one that is no data file."""
+def kind_of(path: Path, *, plain: bool = False) -> Kind | None:
+    """The kind of a data file by its name, without regard to `.gz`; None for one that is no data file.
+
+    Args:
+        path: of the file.
+        plain: texts need no label, so that `.txt` is a data file.
+    """
     suffix, zipped = path.suffix.lower(), False
     if suffix == ".gz":
         suffix, zipped = Path(path.stem).suffix.lower(), True
     kind = _KINDS.get(suffix)
+    if plain and suffix == ".txt":
+        return "text"
     return None if zipped and kind == "parquet" else kind
 
 
-def read_part(part: Part, text: str, label: str, scratch: Path) -> Iterator[Labelled]:
+def read_part(part: Part, text: str, label: str | None, scratch: Path) -> Iterator[Labelled]:
     """The files of a split, one after the other (text files all at once).
 
     Args:
         part: which files.
         text: column of the texts.
-        label: column of the labels.
+        label: column of the labels; None where the texts have none.
         scratch: folder for the Arrow files behind the result.
 
     Raises:
@@ -114,14 +126,14 @@ def read_part(part: Part, text: str, label: str, scratch: Path) -> Iterator[Labe
             check_columns(table.column_names, text, label, str(file))
             try:
                 # The readers of JSON and Parquet take any bytes for text, and it would come out much later.
-                table.select_columns([text, label]).data.validate(full=True)
+                table.select_columns(_named(text, label)).data.validate(full=True)
             except pa.ArrowInvalid as error:
                 raise _diagnosis(file, part.kind, error) from error
             found = labelled(table, text, label, str(file))
         yield found
 
 
-def labelled(table: Dataset, text: str, label: str, where: str) -> Labelled:
+def labelled(table: Dataset, text: str, label: str | None, where: str) -> Labelled:
     """Take the two columns out of a table and bring them to strings.
 
     A `ClassLabel` gives its names; its −1 is a missing label.
@@ -130,20 +142,30 @@ def labelled(table: Dataset, text: str, label: str, where: str) -> Labelled:
         DataError: a column is missing or holds neither words nor numbers.
     """
     check_columns(table.column_names, text, label, where)
-    for column in (text, label):
-        _check_scalar(table, column, where)
+    for name in _named(text, label):
+        _check_scalar(table, name, where)
     texts = table.select_columns([text])
     if text != "text":
         texts = texts.rename_column(text, "text")
     if texts.features["text"] != Value("string"):
         texts = texts.cast_column("text", Value("string"))
+    if label is None:
+        return Labelled(texts, _no_labels(len(texts)), ((0, where),))
     column = table.select_columns([label]).with_format("arrow")[:].column(label)
     return Labelled(texts, _as_words(column, table.features[label]), ((0, where),))
 
 
-def check_columns(columns: Sequence[str], text: str, label: str, where: str) -> None:
+def _named(text: str, label: str | None) -> list[str]:
+    return [text] if label is None else [text, label]
+
+
+def _no_labels(rows: int) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.nulls(rows, pa.string())])
+
+
+def check_columns(columns: Sequence[str], text: str, label: str | None, where: str) -> None:
     """Raises DataError where one of the two columns is not among `columns`."""
-    for key, wanted in (("text", text), ("label", label)):
+    for key, wanted in zip(("text", "label"), _named(text, label), strict=False):
         if wanted not in columns:
             there = ", ".join(f"'{column}'" for column in columns[:20]) + (" …" if len(columns) > 20 else "")
             raise DataError(
@@ -174,7 +196,7 @@ def _as_words(column: pa.ChunkedArray, feature: Any) -> pa.ChunkedArray:
     return pc.cast(column, pa.string())
 
 
-def _read_table(kind: Kind, file: Path, text: str, label: str, scratch: Path) -> Dataset:
+def _read_table(kind: Kind, file: Path, text: str, label: str | None, scratch: Path) -> Dataset:
     if kind in ("csv", "tsv"):
         delimiter = "," if kind == "csv" else "\t"
         rows = _check_lines(file, delimiter, text, label)
@@ -185,7 +207,7 @@ def _read_table(kind: Kind, file: Path, text: str, label: str, scratch: Path) ->
             sep=delimiter,
             encoding="utf-8",
             # Strings in both columns: else "007" is read as 7, and a class called "None" or "NA" as missing.
-            features=Features({column: Value("string") for column in (text, label)}),
+            features=Features({column: Value("string") for column in _named(text, label)}),
             keep_default_na=False,
             na_values=[""],
         )
@@ -214,7 +236,7 @@ def _empty(file: Path) -> DataError:
     return DataError(f"{file} has no rows", "Remove the file or fill it.")
 
 
-def _check_lines(file: Path, delimiter: str, text: str, label: str) -> int:
+def _check_lines(file: Path, delimiter: str, text: str, label: str | None) -> int:
     """The number of rows of a CSV file, each with as many fields as the header. Raises DataError otherwise."""
     rows, begin = 0, 1
     try:
@@ -253,7 +275,7 @@ def _fields_of_any_length() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _check_parquet(file: Path, text: str, label: str) -> list[str]:
+def _check_parquet(file: Path, text: str, label: str | None) -> list[str]:
     try:
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
@@ -262,30 +284,44 @@ def _check_parquet(file: Path, text: str, label: str) -> list[str]:
         check_columns(parquet.schema_arrow.names, text, label, str(file))
         if not parquet.metadata.num_rows:
             raise _empty(file)
-    return [text, label]
+    return _named(text, label)
 
 
 def _read_text_files(part: Part, scratch: Path) -> Labelled:
-    features = Features({"text": Value("string")})
+    features = Features({"text": Value("string"), "file": Value("int32")})
     paths = [str(file) for file in part.files]
-    where = str(part.files[0].parent.parent)
     try:
         with quiet(bars=len(paths) >= 20_000):
-            texts = Dataset.from_generator(
-                _texts, features=features, cache_dir=str(scratch), gen_kwargs={"paths": paths}
+            rows = Dataset.from_generator(
+                _texts, features=features, cache_dir=str(scratch), gen_kwargs={"paths": paths, "what": part.texts_in}
             )
     except Exception as error:  # `datasets` wraps what the generator raises
         cause = error if isinstance(error, ToolkitError) else error.__cause__
+        where = str(part.files[0].parent.parent)
         raise cause if isinstance(cause, ToolkitError) else DataError(f"{where}: {_first_line(error)}") from error
-    return Labelled(texts, pa.chunked_array([pa.array(part.classes, pa.string())]), tuple(enumerate(paths)))
+    labels = pa.chunked_array([pa.array(part.classes, pa.string())]) if part.classes else _no_labels(len(rows))
+    files, first = np.unique(rows.with_format("numpy")["file"][:], return_index=True)
+    begins = tuple((int(row), paths[file]) for file, row in zip(files, first, strict=True))
+    return Labelled(rows.remove_columns("file"), labels, begins)
 
 
-def _texts(paths: list[str]) -> Iterator[dict[str, str]]:
-    for path in paths:
+def _texts(paths: list[str], what: TextsIn) -> Iterator[dict[str, Any]]:
+    for number, path in enumerate(paths):
         try:
-            yield {"text": Path(path).read_text(encoding="utf-8-sig")}
-        except UnicodeDecodeError as error:
+            with _open(Path(path)) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as lines:
+                for text in [lines.read()] if what == "file" else _cut(lines, what):
+                    yield {"text": text, "file": number}
+        except (UnicodeDecodeError, EOFError, OSError) as error:
             raise _diagnosis(Path(path), "text", error) from error
+
+
+def _cut(lines: Iterable[str], what: TextsIn) -> Iterator[str]:
+    """Paragraphs or lines, none of them blank."""
+    for filled, group in itertools.groupby(lines, key=lambda line: bool(line.strip())):
+        if filled and what == "paragraph":
+            yield "".join(group)
+        elif filled:
+            yield from group
 
 
 def _open(file: Path) -> BinaryIO:

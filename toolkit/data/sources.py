@@ -83,13 +83,13 @@ def resolve(config: TextDataConfig) -> Source:
             f"--data.text and --data.label both name the column '{config.text}'", "Name the column of the classes."
         )
     is_sample = name.startswith("sample:")
-    if config.revision is not None and (is_sample or _is_local(name)):
+    if config.revision is not None and (is_sample or is_local(name)):
         raise ConfigError(
             f"--data.revision {config.revision} cannot take effect: '{name}' is no hub id", "Leave --data.revision out."
         )
     if is_sample:
         parts["train"] = Part("jsonl", (samples.fetch(name.removeprefix("sample:")) / "data.jsonl",))
-    elif _is_local(name):
+    elif is_local(name):
         parts.update(_local_splits(name, warnings))
     else:
         hub = find(name, config.revision)
@@ -98,14 +98,14 @@ def resolve(config: TextDataConfig) -> Source:
         if given is not None:
             if role in parts:
                 warnings.append(f"--data.{role} replaces the {role} split that lies in {name}")
-            parts[role] = _part(given, f"--data.{role}")  # type: ignore[index]  # the two names are roles
+            parts[role] = find_part(given, f"--data.{role}")  # type: ignore[index]  # the two names are roles
     return Source(parts, hub, tuple(warnings))
 
 
 def digest(source: Source) -> str:
     """SHA-256 (hex) over the content of a source; names and times of files do not enter, save those of classes."""
     content = {
-        role: [part.kind, part.classes, [_file_digest(file) for file in part.files]]
+        role: [part.kind, part.classes, [file_digest(file) for file in part.files]]
         for role, part in source.parts.items()
     }
     hub = [source.hub.name, source.hub.commit] if source.hub else None
@@ -149,7 +149,8 @@ def _pieces(source: Source, text: str, label: str, scratch: Path) -> Iterator[tu
             yield role, found
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 (hex) over its content."""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -157,7 +158,7 @@ def _file_digest(file: Path) -> str:
         raise DataError(f"{file} cannot be read: {error.strerror}", "Check its permissions and its disk.") from error
 
 
-def _is_local(name: str) -> bool:
+def is_local(name: str) -> bool:
     """Whether a name means a path; a missing one included, as long as it cannot be a hub id."""
     looks_like_file = kind_of(Path(name)) is not None or Path(name).suffix in (".txt", ".gz")
     return looks_like_file or not _HUB_ID.fullmatch(name) or Path(name).exists()
@@ -170,7 +171,7 @@ def _local_splits(name: str, warnings: list[str]) -> dict[Role, Part]:
         if aside:
             warnings.append(f"{folder}: {', '.join(aside[:5])} left aside, being of no split")
         return {role: _split_part(entries, f"{folder} ({role})") for role, entries in groups.items()}
-    return {"train": _part(name, "--data.name")}
+    return {"train": find_part(name, "--data.name")}
 
 
 def _split_entries(folder: Path) -> dict[Role, list[Path]]:
@@ -203,18 +204,27 @@ def _role_of(path: Path) -> Role | None:
     return ROLE_OF_WORD[match[1]] if match else None
 
 
-def _part(name: str, key: str) -> Part:
-    """The files under a path or a glob, all taken for one split."""
+def find_part(name: str, key: str, *, plain: bool = False) -> Part:
+    """The files under a path or a glob, all taken for one split.
+
+    Args:
+        name: the path or glob.
+        key: where the user wrote it.
+        plain: the texts need no label; all data files in a folder, and in those inside of it, are taken.
+
+    Raises:
+        DataError: there are none, or of several kinds.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return _folder_of_texts(path) if plain else _folder(path)
     if path.exists():
-        return _same_kind([path], str(path))
+        return _same_kind([path], str(path), plain=plain)
     if glob.has_magic(name):
         # Path.glob takes no absolute pattern.
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
         if files := [match for match in found if match.is_file()]:
-            return _same_kind(files, f"{key} '{name}'")
+            return _same_kind(files, f"{key} '{name}'", plain=plain)
         raise DataError(f"{key}: no file matches '{name}'", f"Relative names are looked for in {Path.cwd()}.")
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     raise DataError(
@@ -244,14 +254,26 @@ def _folder(folder: Path) -> Part:
     )
 
 
-def _same_kind(files: Iterable[Path], where: str) -> Part:
-    counts = Counter(kind_of(file) for file in files)
+def _folder_of_texts(folder: Path) -> Part:
+    """All data files at any depth, but for those that are hidden."""
+    inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    visible = (
+        path for path in inside if not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    )
+    files = [path for path in visible if kind_of(path, plain=True)]
+    if not files:
+        raise DataError(f"{folder} has no data files", "It needs .txt, JSONL, CSV, TSV, JSON or Parquet files.")
+    return _same_kind(files, str(folder), plain=True)
+
+
+def _same_kind(files: Iterable[Path], where: str, *, plain: bool = False) -> Part:
+    counts = Counter(kind_of(file, plain=plain) for file in files)
     if None in counts:
-        odd = next(file for file in files if kind_of(file) is None)
+        odd = next(file for file in files if kind_of(file, plain=plain) is None)
         raise DataError(
             f"{where}: '{odd.name}' is of no kind that can be read",
-            "Give CSV, TSV, JSONL, JSON or Parquet (.csv.gz, .tsv.gz, .jsonl.gz, .json.gz too), or one folder of .txt "
-            "files for each class.",
+            "Give CSV, TSV, JSONL, JSON or Parquet (.csv.gz, .tsv.gz, .jsonl.gz, .json.gz too), or "
+            + ("text (.txt, .txt.gz)." if plain else "one folder of .txt files for each class."),
         )
     if len(counts) > 1:
         listed = ", ".join(f"{count} × {kind}" for kind, count in counts.most_common())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from toolkit.config import CorpusConfig
+from toolkit.data.language import LanguageData
 from toolkit.data.text_classification import TextClassification
 
 
@@ -27,20 +30,51 @@ def plan_rows(data: TextClassification, max_length: int) -> dict[str, str]:
 def report_facts(data: TextClassification, max_length: int) -> dict[str, Any]:
     """The data's part of report.json."""
     facts = data.facts
-    histograms = {split: counts for split, counts in facts["token_lengths"].items() if split != "edges"}
-    # The last bin is open: close it, and leave out what lies beyond the longest sample.
-    edges = [*facts["token_lengths"]["edges"], 2 * facts["token_lengths"]["edges"][-1]]
-    bins = 1 + max(i for counts in histograms.values() for i, count in enumerate(counts) if count)
     return {
         "source": facts["source"],
         "fingerprint": data.fingerprint,
         "counts": facts["samples"],
         "dropped": _dropped(data),
-        "lengths": {
-            split: {"edges": edges[: bins + 1], "counts": counts[:bins]} for split, counts in histograms.items()
-        },
+        "lengths": _lengths(facts["token_lengths"]),
         "max_length": max_length,
         "truncated": facts["truncated"],
+        "warnings": facts["warnings"],
+    }
+
+
+def plan_of_texts(data: LanguageData, tokenizer: Any, config: CorpusConfig) -> dict[str, str]:
+    """Lines of the plan: sources, sizes, what was dropped, how the texts lie in their sequences."""
+    facts = data.facts
+    sources = [
+        name if passes == 1 else f"{name} ({passes:.2f} times an epoch)"
+        for name, passes in zip(facts["sources"], facts["passes"], strict=True)
+    ]
+    return {
+        "sources": ", ".join(sources),
+        "texts": ", ".join(f"{count:,} {name}" for name, count in facts["texts"].items()),
+        "dropped": ", ".join(f"{count:,} {why}" for why, count in facts["dropped"].items() if count) or "nothing",
+        "tokens": ", ".join(f"{count:,} {name}" for name, count in facts["tokens"].items())
+        + f"; a vocabulary of {len(tokenizer):,}",
+        "sequences": f"{len(data.train):,} of {config.max_length} tokens, filled to {facts['filled']['train']:.1%}; "
+        f"{facts['cut']['train']:.0%} of the texts are longer and go on in another",
+    }
+
+
+def report_of_texts(data: LanguageData, max_length: int) -> dict[str, Any]:
+    """The data's part of report.json."""
+    facts = data.facts
+    return {
+        "source": ", ".join(facts["sources"]),
+        "fingerprint": data.fingerprint,
+        "texts": facts["texts"],
+        "tokens": facts["tokens"],
+        "sequences": facts["sequences"],
+        "passes": facts["passes"],
+        "filled": facts["filled"],
+        "dropped": facts["dropped"],
+        "lengths": _lengths(facts["token_lengths"]),
+        "max_length": max_length,
+        "truncated": facts["cut"],
         "warnings": facts["warnings"],
     }
 
@@ -53,3 +87,11 @@ def majority(data: TextClassification) -> float:
 
 def _dropped(data: TextClassification) -> dict[str, int]:
     return {name: count for name, count in data.facts.items() if name.endswith("_dropped")}
+
+
+def _lengths(histograms: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Sequence[int]]]:
+    """Edges and counts of each split, without what lies beyond the longest sample."""
+    counts = {split: found for split, found in histograms.items() if split != "edges"}
+    edges = [*histograms["edges"], 2 * histograms["edges"][-1]]  # the last bin is open: close it
+    bins = 1 + max(i for found in counts.values() for i, count in enumerate(found) if count)
+    return {split: {"edges": edges[: bins + 1], "counts": found[:bins]} for split, found in counts.items()}

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import json
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, load_from_disk
-from filelock import FileLock, Timeout
 
-from toolkit import samples
 from toolkit.config import TextDataConfig
 from toolkit.data.clean import clean
 from toolkit.data.files import ROLES, Role
 from toolkit.data.mapping import ROWS_FOR_A_BAR, quiet
+from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.sources import Source, digest, read, resolve
 from toolkit.data.split import check_shares, split
 from toolkit.data.tokenize import EDGES, check_tokenizer, length_histogram, tokenize, tokenizer_fingerprint
-from toolkit.environment import is_main_rank
 from toolkit.errors import DataError
 
 _REVISION = 1
@@ -79,70 +72,16 @@ def text_classification(config: TextDataConfig, tokenizer: Any) -> TextClassific
     if source.hub is None:
         check_shares(config, source.parts)  # before anything is read
     warnings = [*source.warnings, *check_tokenizer(tokenizer, config.max_length)]
-    fingerprint = _fingerprint(config, source, tokenizer)
-    folder = samples.cache_folder() / "data" / fingerprint
-    found = _load(folder)
-    if found is None:
-        with _alone(folder) as scratch:
-            found = _load(folder)
-            if found is None:
-                _prepare(config, source, tokenizer, scratch)
-                _publish(scratch / "result", folder)
-                found = _load(folder)
-    assert found is not None, f"what was just written to {folder} cannot be read"
-    splits, stored = found
+    name = fingerprint(*_content(config, source, tokenizer))
+    splits, stored = prepared(name, _load, functools.partial(_prepare, config, source, tokenizer))
     # These depend on the names of files, and the same content may lie under other names.
     facts = {"source": config.name, **stored["facts"], "warnings": warnings + stored["facts"]["warnings"]}
-    return TextClassification(**splits, labels=tuple(stored["labels"]), facts=facts, fingerprint=fingerprint)
+    return TextClassification(**splits, labels=tuple(stored["labels"]), facts=facts, fingerprint=name)
 
 
-def _fingerprint(config: TextDataConfig, source: Source, tokenizer: Any) -> str:
+def _content(config: TextDataConfig, source: Source, tokenizer: Any) -> list[Any]:
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_CONTENT}
-    content = [_REVISION, digest(source), settings, tokenizer_fingerprint(tokenizer)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """Hold the lock of a result, with a scratch folder beside it that is gone afterwards."""
-    beginning = f".{folder.name}-"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.parent / f".{folder.name}.lock"):
-            for left in folder.parent.glob(f"{beginning}*"):
-                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed at it
-            with tempfile.TemporaryDirectory(
-                prefix=beginning, dir=folder.parent, ignore_cleanup_errors=True
-            ) as scratch:
-                yield Path(scratch)
-    except OSError as error:
-        raise DataError(
-            f"the prepared data could not be written to {folder.parent}: {error}",
-            "Free space there, or set TOOLKIT_CACHE to a folder that this process may write to.",
-        ) from error
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """The operating system frees it when its holder dies. No time limit: the work may take hours."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        if is_main_rank():
-            print("another process is preparing the data; waiting for it …", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _publish(result: Path, folder: Path) -> None:
-    """Give a finished result its name; what cannot be read under that name makes way."""
-    if folder.exists():
-        folder.rename(result.parent / "broken")
-    result.rename(folder)
+    return [_REVISION, digest(source), settings, tokenizer_fingerprint(tokenizer)]
 
 
 def _load(folder: Path) -> tuple[dict[Role, Dataset], dict[str, Any]] | None:
@@ -157,8 +96,8 @@ def _load(folder: Path) -> tuple[dict[Role, Dataset], dict[str, Any]] | None:
     return (splits, stored) if whole else None
 
 
-def _prepare(config: TextDataConfig, source: Source, tokenizer: Any, scratch: Path) -> None:
-    """Write the splits and their facts to `scratch/result`."""
+def _prepare(config: TextDataConfig, source: Source, tokenizer: Any, result: Path, scratch: Path) -> None:
+    """Write the splits and their facts to `result`."""
     corpus = read(source, config.text, config.label, scratch)
     given = [ROLES[role] for role in np.unique(corpus.roles)]
     cleaned = clean(corpus, config, scratch)
@@ -187,9 +126,9 @@ def _prepare(config: TextDataConfig, source: Source, tokenizer: Any, scratch: Pa
         counts = np.bincount(codes, minlength=len(cleaned.labels))
         facts["samples"][name] = dict(zip(cleaned.labels, counts.tolist(), strict=True))
         _measure(tokens, name, tokenizer, facts)
-        _write(tokens, codes, rows, scratch / "result" / name)
+        _write(tokens, codes, rows, result / name)
     stored = {"labels": cleaned.labels, "facts": facts}
-    (scratch / "result" / _FACTS).write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+    (result / _FACTS).write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
 
 
 def _measure(tokens: Dataset, name: str, tokenizer: Any, facts: dict[str, Any]) -> None:

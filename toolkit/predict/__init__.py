@@ -1,10 +1,10 @@
-"""`toolkit predict`: put texts into classes with the model that a run has saved.
+"""`toolkit predict`: put texts into classes, or go on with them, with the model that a run has saved.
 
-`find_model` checks a run's folder without reading a weight, `read_texts` reads a file, `Classifier` loads the model and
-answers; the command is in `toolkit.predict.command`. A text's answer is that of the recipe's own evaluation: the same
-cut, the same padding mask, fp32.
+`find_model` checks a run's folder without reading a weight, `read_texts` reads a file, `Classifier` or `Writer` loads
+the model and answers; the command is in `toolkit.predict.command`. The class of a text is that of the recipe's own
+evaluation: the same cut, the same padding mask, fp32.
 
-`Classifier` is imported when it is first asked for, with torch, transformers and datasets: they take seconds, and a
+The two are imported when they are first asked for, with torch, transformers and datasets: they take seconds, and a
 misspelt path or a missing column is told at once.
 """
 
@@ -19,10 +19,11 @@ from toolkit.predict.texts import read_texts
 
 if TYPE_CHECKING:
     from toolkit.predict.classifier import Classifier
+    from toolkit.predict.writer import Writer
 
-__all__ = ["Classifier", "Prediction", "SavedModel", "find_model", "read_texts"]
+__all__ = ["Classifier", "Prediction", "SavedModel", "Writer", "find_model", "read_texts"]
 
-_SLOW = {"Classifier": "toolkit.predict.classifier"}
+_SLOW = {"Classifier": "toolkit.predict.classifier", "Writer": "toolkit.predict.writer"}
 
 
 def __getattr__(name: str) -> Any:

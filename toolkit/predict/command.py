@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from toolkit import predict
 from toolkit.errors import ConfigError, DataError
-from toolkit.predict.output import open_sink, progress_bar
-from toolkit.predict.saved import find_model
+from toolkit.predict.output import open_sink, progress_bar, shown
+from toolkit.predict.saved import SavedModel, find_model
 from toolkit.predict.texts import FILE_TYPES, checked, read_texts, text_lines
 from toolkit.report import Console
 from toolkit.requirements import check_versions
@@ -27,11 +30,22 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=(),  # without it, argparse calls them required where RUN is missing
         help="a text (behind -- if it begins with -); or - to read them from standard input, one a line",
     )
-    parser.add_argument("--file", type=Path, help="texts to classify: " + ", ".join(FILE_TYPES) + " (.txt: one a line)")
+    parser.add_argument(
+        "--file", type=Path, help="texts to classify or go on with: " + ", ".join(FILE_TYPES) + " (.txt: one a line)"
+    )
     parser.add_argument("--text", metavar="COLUMN", help="column of the texts in --file (default: text)")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line, with all probabilities")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to a .csv or .jsonl file")
     parser.add_argument("--top", type=_count, metavar="K", help="give the K most likely labels (default: 1; JSON: all)")
+    parser.add_argument(
+        "--tokens", type=_count, metavar="N", help="a language model adds N tokens at most (default: 100)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_degrees,
+        metavar="T",
+        help="of what a language model draws; 0: the likeliest (default: 0.7)",
+    )
     parser.add_argument("--batch", type=_count, metavar="N", default=32, help="texts of one forward pass (default: 32)")
     parser.add_argument(
         "--max-length",
@@ -53,8 +67,11 @@ def run(arguments: Namespace) -> int:
     _check_options(arguments)
     saved = find_model(Path(arguments.run))
     check_versions()
+    _check_kind(arguments, saved.writes)
     texts, total = _texts_of(arguments)
     _silence_libraries()
+    if saved.writes:
+        return _go_on(arguments, saved, texts)
     # Through the package, which imports torch at this name and not before.
     classifier = predict.Classifier(saved, device=arguments.device, max_length=arguments.max_length)
     if (arguments.top or 1) > len(classifier.labels):
@@ -84,15 +101,54 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
+def _go_on(arguments: Namespace, saved: SavedModel, texts: Iterable[str]) -> int:
+    """Let a language model write behind each text."""
+    writer = predict.Writer(saved, device=arguments.device)
+    tokens, temperature = arguments.tokens or 100, arguments.temperature
+    windows = writer.stream(
+        texts, batch=arguments.batch, tokens=tokens, temperature=0.7 if temperature is None else temperature
+    )
+    output: Path | None = arguments.output
+    try:
+        with output.open("w", encoding="utf-8", newline="") if output else nullcontext(sys.stdout) as out:
+            table = csv.writer(out, lineterminator="\n")
+            if as_table := output is not None and output.suffix.lower() == ".csv":
+                table.writerow(["text", "continuation"])
+            for window in windows:
+                for found in window:
+                    if as_table:
+                        table.writerow([found.text, found.continuation])
+                    elif output or arguments.json:
+                        line = {"text": found.text, "continuation": found.continuation}
+                        print(json.dumps(line, ensure_ascii=False), file=out)
+                    else:
+                        print(shown(found.text + found.continuation), end="\n\n", file=out)
+                out.flush()
+    except OSError as error:
+        if output is None or isinstance(error, BrokenPipeError):
+            raise
+        raise DataError(
+            f"--output {output} cannot be written: {error.strerror}", "Check its folder and the free space."
+        ) from error
+    return 0
+
+
+def _check_kind(arguments: Namespace, writes: bool) -> None:
+    """Refuse options of the other kind of model."""
+    others = ("top", "max_length") if writes else ("tokens", "temperature")
+    for name in others:
+        if getattr(arguments, name) is not None:
+            kind = "a language model, which goes on with texts" if writes else "a classifier"
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect on {kind}", "Drop it.")
+
+
 def _check_options(arguments: Namespace) -> None:
     """Refuse what contradicts itself or cannot take effect."""
     file, output = arguments.file, arguments.output
     if arguments.texts and file:
         raise ConfigError("texts are given both on the command line and in --file", "Give one of the two.")
     if not arguments.texts and not file:
-        raise ConfigError(
-            "there is no text to classify", 'Write it behind the run in quotes: "some text"; or give --file, or -.'
-        )
+        raise ConfigError("there is no text", 'Write it behind the run in quotes: "some text"; or give --file, or -.')
     if "-" in arguments.texts and len(arguments.texts) > 1:
         raise ConfigError("'-' (standard input) stands beside other texts", "Give one of the two.")
     if file and file.suffix.lower() not in FILE_TYPES:
@@ -131,6 +187,16 @@ def _silence_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def _degrees(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 100:
+        raise ArgumentTypeError(f"{word!r} is not a number from 0 on")
+    return value
 
 
 def _count(word: str) -> int:

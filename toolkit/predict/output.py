@@ -161,6 +161,11 @@ def _rounded(score: float) -> float:
     return float(f"{score:.6g}")
 
 
+def shown(text: str) -> str:
+    """Without control codes, which must not reach the terminal."""
+    return "\n".join(_CONTROL.sub("�", line) for line in text.split("\n"))
+
+
 def _shown(text: str) -> str:
-    """On one line, and without control codes, which must not reach the terminal."""
-    return _CONTROL.sub("�", " ".join(text.split()))
+    """On one line too."""
+    return shown(" ".join(text.split()))

@@ -25,11 +25,13 @@ class SavedModel:
     Attributes:
         folder: holds config.json, safetensors and the tokenizer.
         max_length: tokens to which the run cut its texts; None where no run says so.
+        writes: it goes on with texts, and does not put them into classes.
         status: how the run ended, as its report says; empty where it says nothing.
     """
 
     folder: Path
     max_length: int | None
+    writes: bool = False
     status: str = ""
 
 
@@ -38,7 +40,7 @@ def find_model(run: Path) -> SavedModel:
 
     Raises:
         CheckpointError: there is no such folder, it is no run, or the run has no model.
-        ModelError: what is there is no classifier, or not whole.
+        ModelError: what is there is neither a classifier nor a language model, or not whole.
     """
     run = run.expanduser()
     if not run.is_dir():
@@ -51,13 +53,12 @@ def find_model(run: Path) -> SavedModel:
     if (run / "config.yaml").is_file():
         if not (run / "model" / "config.json").is_file():
             raise _no_model(run)
-        _check_model(run / "model")
-        return SavedModel(run / "model", _max_length(run), _status(run))
+        return SavedModel(run / "model", _max_length(run), _check_model(run / "model"), _status(run))
     if (run / "config.json").is_file():
-        _check_model(run)
+        writes = _check_model(run)
         parent = run.resolve().parent
         its_run = parent if run.resolve().name == "model" and (parent / "config.yaml").is_file() else None
-        return SavedModel(run, _max_length(its_run) if its_run else None, _status(its_run) if its_run else "")
+        return SavedModel(run, _max_length(its_run) if its_run else None, writes, _status(its_run) if its_run else "")
     runs = sorted(path.parent.name for path in run.glob("*/config.yaml"))
     raise CheckpointError(
         f"{run} is no run (it has no config.yaml) and no model (it has no config.json)",
@@ -79,8 +80,8 @@ def _no_model(run: Path) -> CheckpointError:
     )
 
 
-def _check_model(folder: Path) -> None:
-    """Raises ModelError where the files in `folder` are no classifier that could be loaded."""
+def _check_model(folder: Path) -> bool:
+    """Whether the model in `folder` writes; ModelError where the files are no model that could be loaded."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architectures = config.get("architectures") or []
@@ -88,11 +89,12 @@ def _check_model(folder: Path) -> None:
         raise ModelError(
             f"{folder}/config.json cannot be read: {first_line(error)}", "Copy the model again."
         ) from error
-    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+    writes = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    if not writes and not any(str(name).endswith("ForSequenceClassification") for name in architectures):
         found = f"a {architectures[0]}" if architectures else "of no architecture that its config.json names"
         raise ModelError(
-            f"the model in {folder} is {found}, not a text classifier",
-            "Name a run of a recipe that trains one, like bert_cls.",
+            f"the model in {folder} is {found}, neither a text classifier nor a language model",
+            "Name a run of a recipe that trains one, like bert_cls or pretrain_lm.",
         )
     if config.get("problem_type") in ("regression", "multi_label_classification"):
         raise ModelError(
@@ -111,6 +113,7 @@ def _check_model(folder: Path) -> None:
             f"{folder} has a model but no tokenizer (tokenizer.json)",
             "A run that was interrupted may leave it out: copy it there from the model that the run started from.",
         )
+    return writes
 
 
 def _settings(run: Path) -> dict[str, Any]:

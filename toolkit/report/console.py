@@ -37,6 +37,8 @@ _SUMMARY_ROWS = (
     ("macro precision", "macro_precision", True),
     ("macro recall", "macro_recall", True),
     ("macro F1", "macro_f1", True),
+    ("perplexity", "perplexity", False),
+    ("bits per byte", "bits_per_byte", False),
     ("loss", "loss", False),
 )
 
@@ -172,17 +174,16 @@ class Console:
         self,
         before: Mapping[str, float],
         after: Mapping[str, float],
-        majority: float,
+        majority: float | None,
         extra: Mapping[str, str],
         next_command: str,
     ) -> None:
         """Show the figures of the held-out test, and how to go on.
 
         Args:
-            before: `accuracy`, `macro_precision`, `macro_recall`, `macro_f1` and `loss` of the untrained model;
-                empty where it was not tested.
+            before: the figures of the untrained model, by name; empty where it was not tested.
             after: the same of the trained model.
-            majority: share of the most frequent label, which a constant answer would reach.
+            majority: share of the most frequent label, which a constant answer would reach; None without labels.
             extra: further lines, such as the run's folder.
             next_command: the command that uses the model.
         """
@@ -196,7 +197,8 @@ class Console:
         for name, key, higher_is_better in _SUMMARY_ROWS:
             if key in before or key in after:
                 table.add_row(name, *_change(before.get(key), after.get(key), higher_is_better))
-        table.add_row("majority label", "", Text(f"{majority:.4f}", style="dim"), "")
+        if majority is not None:
+            table.add_row("majority label", "", Text(f"{majority:.4f}", style="dim"), "")
         self._out.print(table)
         self._out.print()
         lines = Table.grid(padding=(0, 2))

@@ -29,8 +29,16 @@ _FIGURES = (
     ("Macro precision", "macro_precision"),
     ("Macro recall", "macro_recall"),
     ("Macro F1", "macro_f1"),
+    ("Perplexity", "perplexity"),
+    ("Bits per byte", "bits_per_byte"),
     ("Loss", "loss"),
-    ("Samples", "units"),
+    ("Samples or tokens", "units"),
+)
+_TILES = (
+    ("Test accuracy", "accuracy"),
+    ("Test macro F1", "macro_f1"),
+    ("Test perplexity", "perplexity"),
+    ("Test bits per byte", "bits_per_byte"),
 )
 _CSS = """
 *{box-sizing:border-box}
@@ -140,6 +148,7 @@ def _sections(run: _Run) -> Iterable[str]:
     yield _section("Data warnings", _list(run.part("data", "warnings")))
     yield _section("Held-out test", _grid(_test_cards(run)))
     yield _section("Training", _grid(map(_figure, _training_plots(run))))
+    yield _section("What the model writes", _texts(run.part("texts") or []))
     yield _section("Where the time goes", _step_time(run.report.get("profile")))
     yield _section("Data", _grid(map(_figure, _data_plots(run))))
     yield _section("Plan", _grid(_plan_cards(run)))
@@ -163,7 +172,7 @@ def _head(run: _Run) -> str:
 def _tiles(run: _Run) -> str:
     before, test = run.part("before"), run.part("test")
     tiles = []
-    for name, key in (("Test accuracy", "accuracy"), ("Test macro F1", "macro_f1")):
+    for name, key in _TILES:
         if test.get(key) is not None:
             tiles.append((name, _number(test[key]), f"before {_number(before.get(key))}"))
     if run.report.get("majority") is not None:
@@ -215,6 +224,12 @@ def _training_plots(run: _Run) -> Iterable[Plot]:
         plots.loss_scale_plot(run.metrics),
     )
     return filter(None, found)
+
+
+def _texts(texts: Sequence[Mapping[str, Any]]) -> str:
+    """The last ones first."""
+    rows = [(line.get("step"), line.get("prompt"), line.get("text")) for line in reversed(texts)]
+    return _card(_table("Continued from each prompt", ("after step", "prompt", "text"), rows)) if rows else ""
 
 
 def _data_plots(run: _Run) -> Iterable[Plot]:

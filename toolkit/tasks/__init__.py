@@ -2,5 +2,6 @@
 
 from toolkit.tasks.base import Batch, Task
 from toolkit.tasks.classification import Classification
+from toolkit.tasks.language_modeling import LanguageModeling
 
-__all__ = ["Batch", "Classification", "Task"]
+__all__ = ["Batch", "Classification", "LanguageModeling", "Task"]

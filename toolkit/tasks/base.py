@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -76,3 +78,26 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, counts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Figures from the summed counts, JSON-able; `loss` (mean over units) and `units` are always among them."""
+
+
+def problem_of_tokens(values: Any, vocabulary: int, positions: int | None) -> str:
+    """Why a model with so many tokens and positions (None: any number) cannot take these, or an empty string."""
+    tokens = whole_numbers(values)
+    if tokens is None:
+        return "its tokens are not a list of whole numbers"
+    if not len(tokens):
+        return "it has no tokens"
+    if positions is not None and len(tokens) > positions:
+        return f"it has {len(tokens)} tokens, of which the model takes {positions}"
+    strange = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    return f"token id {strange[0]} is not among the model's {vocabulary}" if len(strange) else ""
+
+
+def whole_numbers(values: Any) -> npt.NDArray[Any] | None:
+    """One dimension of integers, possibly empty; None for anything else."""
+    try:
+        found = np.asarray(values)
+    except ValueError:  # lists of unlike lengths
+        return None
+    # An empty list has no type of its own: numpy makes it one of floats.
+    return found if found.ndim == 1 and (found.dtype.kind in "iu" or not found.size) else None

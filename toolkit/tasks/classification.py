@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from toolkit.tasks.base import Batch, Task
+from toolkit.tasks.base import Batch, Task, problem_of_tokens
 
 
 class Classification(Task):
@@ -56,16 +56,9 @@ class Classification(Task):
 
     def problem(self, row: Mapping[str, Any]) -> str:
         """No tokens, too many, one without an embedding, or a label that is no class."""
-        tokens, label = _whole_numbers(row["input_ids"]), row["label"]
-        if tokens is None:
-            return "its tokens are not a list of whole numbers"
-        if not len(tokens):
-            return "it has no tokens"
-        if self.positions is not None and len(tokens) > self.positions:
-            return f"it has {len(tokens)} tokens, of which the model takes {self.positions}"
-        strange = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
-        if len(strange):
-            return f"token id {strange[0]} is not among the model's {self.vocabulary}"
+        label = row["label"]
+        if why := problem_of_tokens(row["input_ids"], self.vocabulary, self.positions):
+            return why
         if not isinstance(label, (int, np.integer)) or not 0 <= label < len(self.labels):
             return f"label {label!r:.40} is not among the {len(self.labels)} classes"
         return ""
@@ -119,13 +112,3 @@ class Classification(Task):
 def _share(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Their ratio, and 0 of nothing."""
     return part / np.maximum(whole, 1)
-
-
-def _whole_numbers(values: Any) -> npt.NDArray[Any] | None:
-    """One dimension of integers, possibly empty; None for anything else."""
-    try:
-        found = np.asarray(values)
-    except ValueError:  # lists of unlike lengths
-        return None
-    # An empty list has no type of its own: numpy makes it one of floats.
-    return found if found.ndim == 1 and (found.dtype.kind in "iu" or not found.size) else None

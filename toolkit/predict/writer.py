@@ -1,0 +1,100 @@
+"""A saved language model that goes on with texts. Imports torch and transformers, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import transformers
+
+from toolkit.errors import ConfigError, ModelError
+from toolkit.folders import refuse_strays
+from toolkit.predict.saved import SavedModel, first_line
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model went on with.
+
+    Attributes:
+        text: as it was given.
+        continuation: what follows it, without special tokens.
+    """
+
+    text: str
+    continuation: str
+
+
+class Writer:
+    """A saved language model, ready to write in fp32.
+
+    Args:
+        saved: from `find_model`.
+        device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+        ModelError: the files are damaged, or hold no language model.
+    """
+
+    def __init__(self, saved: SavedModel, *, device: str = "auto") -> None:
+        gpu = torch.cuda.is_available()
+        if device == "cuda" and not gpu:
+            raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            refuse_strays(saved.folder)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(saved.folder, **options)
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                saved.folder, dtype=torch.float32, use_safetensors=True, **options
+            )
+        except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
+            raise ModelError(
+                f"the model in {saved.folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
+            ) from error
+        self._model.to("cuda" if gpu and device != "cpu" else "cpu").eval()
+
+    def stream(
+        self, texts: Iterable[str], *, batch: int = 8, tokens: int = 100, temperature: float = 0.7, seed: int = 0
+    ) -> Iterator[list[Written]]:
+        """What follows each text, a batch at a time.
+
+        Args:
+            texts: any number.
+            batch: texts of one forward pass.
+            tokens: added to each, at most.
+            temperature: of the distribution that tokens are drawn from; 0 takes the likeliest each time.
+            seed: of what is drawn.
+
+        Raises:
+            ConfigError: a text leaves no room for so many tokens.
+        """
+        torch.manual_seed(seed)
+        rest = iter(texts)
+        while window := list(islice(rest, batch)):
+            yield self._write(window, tokens, temperature)
+
+    def _write(self, texts: Sequence[str], tokens: int, temperature: float) -> list[Written]:
+        tokenizer = self._tokenizer
+        end = tokenizer.eos_token_id
+        begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        rows = [[begin, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
+        longest = max(map(len, rows))
+        room = getattr(self._model.config, "max_position_embeddings", None) or longest + tokens
+        if longest + tokens > room:
+            raise ConfigError(
+                f"a text of {longest} tokens and {tokens} more are beyond the {room} that the model was made for",
+                f"Use --tokens {room - longest} at most." if longest < room else "Shorten the text.",
+            )
+        ids = torch.tensor([[end] * (longest - len(row)) + row for row in rows], device=self._model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._model.device)
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        with torch.inference_mode():
+            found = self._model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=end, eos_token_id=end, **drawn
+            )
+        added = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+        return [Written(text, continuation) for text, continuation in zip(texts, added, strict=True)]
