@@ -154,6 +154,20 @@ def test_the_saved_model_goes_on_and_has_the_loss_that_was_reported(
         assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+def test_a_mixture_is_gone_through_once_an_epoch(job: list[str], corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(f"Line {number} is a verse." for number in range(60)), encoding="utf-8")
+    options = ["--data.name", str(corpus), str(other), "--data.weights", "2", "1", "--data.texts_in", "line"]
+    shown = train(2, [*job, *options, "--train.steps", "None", "--train.epochs", "2"], tmp_path)
+    found = account(tmp_path / "run")
+    assert found.sound
+    assert found.epochs == 2
+    passes = read(tmp_path / "run")[1]["data"]["passes"]
+    assert passes[0] == 1
+    assert passes[1] > 1
+    assert f"({passes[1]:.2f}timesanepoch)" in "".join(shown.split())
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_other_networks(architecture: str, job: list[str], tmp_path: Path) -> None:
     kv = job.index("--model.kv_heads")
