@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
@@ -26,6 +28,21 @@ _OTHER_MODELS = f"Models that need no hub: {', '.join('sample:' + name for name 
 
 POSITION_TABLES = frozenset({"position_embeddings", "embed_positions", "positions_embed", "wpe"})
 """How the networks of transformers call the embedding of a token's place in its text, where they learn one."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a model came from.
+
+    Attributes:
+        name, revision, init: as in ModelConfig.
+        drawn: names of those that were drawn from the seed, because there were none or of another size: a new head.
+    """
+
+    name: str
+    revision: str | None
+    init: str
+    drawn: tuple[str, ...]
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -98,7 +115,41 @@ def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) ->
             elif isinstance(module, nn.MultiheadAttention):
                 module.dropout = config.dropout
     freeze(model, config.freeze)
+    model.origin = Origin(config.name, config.revision, config.init, tuple(sorted(missing)))
     return model  # type: ignore[no-any-return]
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """Where `load_classifier` had a model from; None for one that was made otherwise."""
+    return getattr(model, "origin", None)
+
+
+def load_again(config: ModelConfig, network: PreTrainedConfig) -> nn.Module:
+    """The model that a run began with, in fp32 on the CPU; a head that its source lacks is drawn anew.
+
+    Args:
+        config: where the weights are.
+        network: of the run, with its architecture and its labels.
+
+    Raises:
+        ModelError: the model is not there, or is another one.
+    """
+    source, options = _source(config)
+    try:
+        kind = getattr(transformers, (network.architectures or [""])[0])
+        with torch.random.fork_rng(devices=[]):
+            model, report = kind.from_pretrained(
+                source,
+                config=network,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as error:  # whatever goes wrong in there, the user is to hear of which model
+        raise _unreadable(config, "model", error) from error
+    _check_body(config, model, [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def locate(name: str) -> str:

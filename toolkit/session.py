@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from toolkit.adapters import adapter_of, check_adapter, left_out
 from toolkit.checkpoint.export import write_base, write_model
 from toolkit.compute import compile_blocks, compile_seconds, remove_padding, replace_dropout
 from toolkit.config import RecipeConfig, plain, to_yaml
@@ -33,6 +34,7 @@ from toolkit.optim import Schedule, adamw, build_schedule
 from toolkit.overview import manifest, overview
 from toolkit.pace import Pace
 from toolkit.precision import choose_precision
+from toolkit.probe import probe_gradients
 from toolkit.profiler import Profiler, refuse_in_vain, span
 from toolkit.progress import Progress
 from toolkit.recovery import Recovery
@@ -75,6 +77,7 @@ class Session:
         self.config = config
         self.world = world()
         self.console = Console(quiet=not self.world.main)
+        check_adapter(config.adapter)
         self.shape: BatchShape = batch_shape(config.train.global_batch, config.train.micro_batch, self.world.size)
         self.precision = choose_precision(config.precision, self.world)
         self.strategy = choose_strategy(
@@ -178,23 +181,30 @@ class Session:
             "the initial weights", [float(p.detach().double().sum()) for p in model.parameters()]
         )
         total, trainable = parameter_counts(model)
+        adapter = adapter_of(model)
+        if adapter is None and self.config.adapter.name != "none":
+            raise ConfigError(f"--adapter.name has no effect on the recipe {self.recipe}", "Drop it.")
         padding = self._remove_padding(model)
         if self.world.device.type == "cpu":
             replace_dropout(model)
+        if trainable < total and not self._run.known:
+            self.world.on_main(lambda: self._probe(model))
         self._padding_free = padding == "none"
         blocks = compile_blocks(model, self.world.device) if self.config.train.compile else 0
-        self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim))
+        ratio = self.config.adapter.lr_ratio or 1.0
+        self.strategy.left_out = left_out(model)
+        self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim, ratio))
         self._tokenizer = tokenizer
         self._folder = RunFolder(self.world.on_main(self._open_folder))
         check_shared(self.folder.path, self.world)
         self._journal = Journal(self.folder, self.config, self.console, self.world)
-        self._resume(data_fingerprint)
+        self._resume(data_fingerprint, {"base": adapter.fingerprint} if adapter else {})
         run = {"folder": str(self.folder.path)}
         if self._progress.step:
             run["goes on"] = f"after step {self._progress.step:,}, attempt {self._recovery.attempt}"
         parameters = {"parameters": f"{total:,}, {trainable:,} trainable"}
         rows = {section: {name: redact(value) for name, value in values.items()} for section, values in plan.items()}
-        rows["model"] = rows.get("model", {}) | parameters
+        rows["model"] = rows.get("model", {}) | parameters | ({"adapter": adapter.describe()} if adapter else {})
         rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
         rows["training"]["padding"] = padding
         if blocks:
@@ -481,14 +491,14 @@ class Session:
             self.console.note(f"saved: the same command goes on from step {step}")
         raise Interrupted(reason)
 
-    def _resume(self, data_fingerprint: str) -> None:
+    def _resume(self, data_fingerprint: str, base: dict[str, str]) -> None:
         """Go on where the run's newest good checkpoint left off, or begin."""
         self._recovery = Recovery(
             self.folder.path,
             self.strategy,
             self.world,
             self.config.checkpoint,
-            {"versions": versions(), "data_fingerprint": data_fingerprint},
+            {"versions": versions(), "data_fingerprint": data_fingerprint, **base},
             self.console.warn,
         )
         if self._run.known:
@@ -594,6 +604,14 @@ class Session:
         if why and wish == "on":
             raise ConfigError(f"--train.padding_free on has no effect on this model: {why}", "Leave it at auto.")
         return f"to the longest of a micro-batch ({why})" if why else "none"
+
+    def _probe(self, model: nn.Module) -> None:
+        """Does a gradient come to what is trained? Told before the run has a folder."""
+        with torch.random.fork_rng(devices=[]):  # the loader draws a seed for its workers
+            first = next(self._train.steps(1))
+        if batches := [batch for batch in first.micro_batches if self._task.units(batch)]:
+            device = self.world.device
+            probe_gradients(model.to(device), self._task, batches[0].to(device), self.precision)
 
     def _open_folder(self) -> Path:
         folder = RunFolder(open_folder(self.recipe, self._run))

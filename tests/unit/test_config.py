@@ -14,6 +14,7 @@ import yaml
 
 from toolkit import config as sections
 from toolkit.config import (
+    AdapterConfig,
     CheckpointConfig,
     ModelConfig,
     OptimConfig,
@@ -31,6 +32,7 @@ from toolkit.errors import ConfigError
 
 SECTIONS: dict[str, Any] = {
     "model": ModelConfig,
+    "adapter": AdapterConfig,
     "data": TextDataConfig,
     "train": TrainConfig,
     "optim": OptimConfig,
@@ -46,6 +48,7 @@ class Config:
     """Settings of a recipe for tests."""
 
     model: ModelConfig = DEFAULT["model"]
+    adapter: AdapterConfig = DEFAULT["adapter"]
     data: TextDataConfig = DEFAULT["data"]
     train: TrainConfig = DEFAULT["train"]
     optim: OptimConfig = DEFAULT["optim"]

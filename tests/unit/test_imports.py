@@ -35,6 +35,7 @@ FLOORS = (
     "adapters",
     "data",
     "tasks",
+    "probe",
     "optim",
     "strategies",
     "numerics",
@@ -50,6 +51,7 @@ FLOORS = (
     "start",
     "plan",
     "predict",
+    "merge",
     "serve",
     "cli",
 )

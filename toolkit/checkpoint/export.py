@@ -17,6 +17,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from toolkit.adapters import adapter_of
 from toolkit.checkpoint.joined import load_weights, state_digest
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.folders import written_aside
@@ -76,6 +77,8 @@ def write_base(model: PreTrainedModel, tokenizer: Any, base: Path) -> None:
     with written_aside(base) as aside, _quiet():
         _write_config(model, aside, torch.float32)
         tokenizer.save_pretrained(aside)
+        if adapter := adapter_of(model):
+            adapter.write(aside)
 
 
 def write_model(
