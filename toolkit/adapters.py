@@ -120,23 +120,7 @@ def add_adapter(model: Any, config: AdapterConfig, *, seed: int) -> Any:
     layers = _layers(model, config, whole)
     origin = origin_of(model)
     base, revision = (origin.name, origin.revision) if origin else ("", None)
-    adapter = Adapter(config, seed, base, revision, fingerprint(model, whole), tuple(layers), tuple(whole))
-    peft = import_peft()
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        peft.inject_adapter_in_model(_peft_config(peft, model, adapter), model)
-    tuned = {name for name, module in model.named_modules() if isinstance(module, _tuner_layer(peft))}
-    if tuned != set(layers):
-        others = ", ".join(sorted(tuned ^ set(layers))[:3])
-        raise ConfigError(
-            f"PEFT adapts other layers of this model than it was asked to: {others}", "Name them: --adapter.targets."
-        )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-        parameter.data = parameter.data.contiguous()
-    model.toolkit_adapter = adapter
-    return model
+    return _inject(model, Adapter(config, seed, base, revision, fingerprint(model, whole), tuple(layers), tuple(whole)))
 
 
 def adapter_of(model: Any) -> Adapter | None:
@@ -205,8 +189,7 @@ def load_base(folder: Path) -> Any:
 
 def rebuild(folder: Path) -> Any:
     """Base and adapter as the run began with them; see `load_base`."""
-    adapter = read_adapter(folder)
-    return add_adapter(load_base(folder), adapter.config, seed=adapter.seed)
+    return _inject(load_base(folder), read_adapter(folder))
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -218,15 +201,24 @@ def save_adapter(model: Any, folder: Path) -> None:
     """
     adapter = adapter_of(model)
     assert adapter is not None
-    peft = import_peft()
-    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = adapter_state(model)
     config = copy.deepcopy(model.peft_config["default"])
     if adapter.config.name == "pissa":
         state = _beside_the_whole_weights(model, load_base(folder), state, config)
     config.base_model_name_or_path, config.revision, config.inference_mode = adapter.base, adapter.revision, True
+    for key in ("target_modules", "feedforward_modules"):
+        if hasattr(config, key):  # sets, which would be written in another order each time
+            setattr(config, key, sorted(getattr(config, key)))
     config.save_pretrained(folder)
-    tensors = {f"base_model.model.{name}": tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    tensors = {f"base_model.model.{name}": tensor.clone().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    """What is trained of a model with an adapter, by the names that PEFT's files have for it; not copied."""
+    with _quiet():
+        state: dict[str, torch.Tensor] = import_peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def load_adapted(folder: Path) -> Any:
@@ -245,8 +237,8 @@ def load_adapted(folder: Path) -> Any:
             there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # each of the libraries below has its own
         raise ModelError(f"the adapter in {folder} cannot be loaded: {error}", "Copy it again.") from error
-    state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    if wrong := sorted({name: tuple(tensor.shape) for name, tensor in state.items()}.items() ^ there.items()):
+    state = {name: tuple(tensor.shape) for name, tensor in adapter_state(adapted).items()}
+    if wrong := sorted(state.items() ^ there.items()):
         raise ModelError(f"the adapter in {folder} does not fit: {wrong[0][0]}", "Copy it again, or train again.")
     return adapted.eval()
 
@@ -257,6 +249,26 @@ def import_peft() -> Any:
     import peft
 
     return peft
+
+
+def _inject(model: Any, adapter: Adapter) -> Any:
+    peft = import_peft()
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(adapter.seed)
+        peft.inject_adapter_in_model(_peft_config(peft, model, adapter), model)
+    layer = peft.tuners.tuners_utils.BaseTunerLayer
+    tuned = {name for name, module in model.named_modules() if isinstance(module, layer)}
+    if others := sorted(tuned ^ set(adapter.layers)):
+        raise ConfigError(
+            f"PEFT adapts other layers of this model than it was asked to: {', '.join(others[:3])}",
+            "Name them with --adapter.targets.",
+        )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        parameter.data = parameter.data.contiguous()  # PiSSA's need not be
+    model.toolkit_adapter = adapter
+    return model
 
 
 def _refuse_in_vain(model: nn.Module, config: AdapterConfig) -> None:
@@ -363,11 +375,6 @@ def _peft_config(peft: Any, model: Any, adapter: Adapter) -> Any:
         init_lora_weights="pissa" if config.name == "pissa" else True,
         **common,
     )
-
-
-def _tuner_layer(peft: Any) -> type:
-    layer: type = peft.tuners.tuners_utils.BaseTunerLayer
-    return layer
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from toolkit.adapters import adapter_of, check_adapter, left_out
+from toolkit.checkpoint.adapted import export_adapter
 from toolkit.checkpoint.export import write_base, write_model
 from toolkit.compute import compile_blocks, compile_seconds, remove_padding, replace_dropout
 from toolkit.config import RecipeConfig, plain, to_yaml
@@ -637,6 +638,9 @@ class Session:
             return
         weights, target = self.strategy.weights(), self.folder.path / "model"
         module: Any = self.strategy.module
+        if adapter_of(module):
+            self.world.on_main(lambda: export_adapter(self.folder.path / "base", weights, target))
+            return
         size = self.config.checkpoint.max_shard_size
         self.world.on_main(lambda: write_model(module, weights, self._tokenizer, target, size))
 

@@ -140,9 +140,13 @@ def _export(options: Namespace) -> int:
         )
     check_versions()
     manifest = _verified(path)
+    from toolkit.checkpoint.adapted import export_adapter
     from toolkit.checkpoint.export import export_model, load_weights
 
-    proof = export_model(base, load_weights(path, manifest), target, options.max_shard_size, options.bound)
+    if manifest.get("base"):
+        proof = export_adapter(base, load_weights(path, manifest), target, options.bound)
+    else:
+        proof = export_model(base, load_weights(path, manifest), target, options.max_shard_size, options.bound)
     print(target)
     print(
         f"step {manifest['step']}: {proof.parameters:,} parameters in {proof.tensors} tensors and "
