@@ -22,7 +22,7 @@ from toolkit.adapters import adapter_of, check_adapter, left_out
 from toolkit.checkpoint.adapted import export_adapter
 from toolkit.checkpoint.export import write_base, write_model
 from toolkit.compute import compile_blocks, compile_seconds, remove_padding, replace_dropout
-from toolkit.config import RecipeConfig, plain, to_yaml
+from toolkit.config import CheckpointConfig, RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
@@ -79,6 +79,8 @@ class Session:
         self.world = world()
         self.console = Console(quiet=not self.world.main)
         check_adapter(config.adapter)
+        if config.adapter.name != "none" and config.checkpoint.max_shard_size != CheckpointConfig().max_shard_size:
+            raise ConfigError("--checkpoint.max_shard_size has no effect on an adapter, which is one file", "Drop it.")
         self.shape: BatchShape = batch_shape(config.train.global_batch, config.train.micro_batch, self.world.size)
         self.precision = choose_precision(config.precision, self.world)
         self.strategy = choose_strategy(

@@ -108,6 +108,9 @@ def test_from_training_to_a_merged_model(
     assert command(capsys, "predict", run / "merged", TEXT)[0] == 0
 
     # An export from the last checkpoint is the same folder.
+    code, text = command(capsys, "checkpoint", "export", run, tmp_path / "exported", "--max-shard-size", "1GB")
+    assert code == 2
+    assert "--max-shard-size has no effect on an adapter" in text
     assert command(capsys, "checkpoint", "export", run, tmp_path / "exported")[0] == 0
     names = sorted(path.name for path in model.iterdir())
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == names
@@ -186,6 +189,7 @@ def test_a_run_goes_on_to_the_bit_and_on_its_own_base_only(
     [
         (["--adapter.rank", "4", "--adapter.name", "none"], "--adapter.rank has no effect with --adapter.name none"),
         (["--model.freeze", "embeddings"], "--model.freeze has no effect with --adapter.name lora"),
+        (["--checkpoint.max_shard_size", "1GB"], "--checkpoint.max_shard_size has no effect on an adapter"),
         (["--model.init", "random"], "would freeze the random weights of --model.init random"),
         (["--adapter.targets", "quary"], "'quary' matches no linear layer. Did you mean 'query'?"),
     ],
