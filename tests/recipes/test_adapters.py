@@ -199,3 +199,17 @@ def test_what_is_refused(options: list[str], message: str, adapter_job: list[str
     assert code == 2
     assert message in " ".join(text.replace("│", " ").split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_strategy(adapter_job: list[str], tmp_path: Path) -> None:
+    options = [*adapter_job, "--adapter.name", "dora", "--adapter.rank", "4", "--adapter.lr_ratio", "4"]
+    options += ["--optim.schedule", "constant", "--optim.warmup_steps", "0"]
+    options += ["--checkpoint.allow_change", "train.steps", "strategy.name"]
+    train(1, [*options, "--train.steps", "9", "--run.dir", "whole"], tmp_path)
+    stages = [("fsdp", 2, 2), ("zero3", 2, 4), ("single", 1, 6), ("zero1", 2, 8), ("ddp", 2, 9)]
+    for strategy, ranks, steps in stages:
+        asked = ["--strategy.name", strategy, "--train.steps", str(steps), "--run.dir", "parts"]
+        train(ranks, [*options, *asked], tmp_path)
+    for ours, theirs in zip(metrics(tmp_path / "parts"), metrics(tmp_path / "whole"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
