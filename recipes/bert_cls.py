@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from toolkit.adapters import add_adapter
 from toolkit.config import (
+    AdapterConfig,
     CheckpointConfig,
     ModelConfig,
     OptimConfig,
@@ -31,6 +33,7 @@ class Config:
     """Settings of this recipe."""
 
     model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
     data: TextDataConfig = TextDataConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
@@ -47,6 +50,7 @@ def main(config: Config) -> None:
         tokenizer = load_tokenizer(config.model)
         data = text_classification(config.data, tokenizer)
         model = load_classifier(config.model, data.labels, seed=config.run.seed)
+        model = add_adapter(model, config.adapter, seed=config.run.seed)
         limits = input_limits(model, config.data.max_length)
         task = Classification(data.labels, tokenizer, config.train.label_smoothing, **limits)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from toolkit.adapters import add_adapter
 from toolkit.compute import fuse_loss
 from toolkit.config import (
+    AdapterConfig,
     CheckpointConfig,
     CorpusConfig,
     DecoderConfig,
@@ -24,7 +26,8 @@ from toolkit.config import (
 )
 from toolkit.data import decoder_tokenizer, language, text_corpus
 from toolkit.data.summary import plan_of_texts, report_of_texts
-from toolkit.models import input_limits, load_decoder, width
+from toolkit.decoders import load_decoder
+from toolkit.models import input_limits, width
 from toolkit.session import Session
 from toolkit.start import start
 from toolkit.tasks import LanguageModeling
@@ -35,6 +38,7 @@ class Config:
     """Settings of this recipe."""
 
     model: DecoderConfig = DecoderConfig()
+    adapter: AdapterConfig = AdapterConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: CorpusConfig = CorpusConfig()
     train: TrainConfig = TrainConfig(epochs=3, global_batch=16, eval_batch=16)
@@ -54,6 +58,7 @@ def main(config: Config) -> None:
         tokenizer = decoder_tokenizer(config.model, config.tokenizer, corpus)
         data = language(config.data, corpus, tokenizer)
         model = load_decoder(config.model, tokenizer, config.data.max_length, seed=config.run.seed)
+        model = add_adapter(model, config.adapter, seed=config.run.seed)
         whole_logits = fuse_loss(model)  # or, where that changes nothing, a loss that needs none
         task = LanguageModeling(tokenizer, fused=not whole_logits, **input_limits(model, config.data.max_length))
 

@@ -217,7 +217,10 @@ COMMANDS: dict[str, Command | Group] = {
     "checkpoint": Group(
         "list, verify, export, convert or remove the checkpoints of a run", "toolkit.checkpoint.commands"
     ),
-    "predict": _of_module("put texts into classes, or go on with them, with the model of a run", "toolkit.predict.command"),
+    "merge": _of_module("make an adapter part of its base: a whole model, proved to answer alike", "toolkit.merge"),
+    "predict": _of_module(
+        "put texts into classes, or go on with them: with the model of a run", "toolkit.predict.command"
+    ),
     "report": Command("make a run's report.html again and print its path", _report_arguments, _report),
     "samples": Command("list the models and data that need no hub, or fetch one", _samples_arguments, _samples),
 }

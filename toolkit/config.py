@@ -49,6 +49,29 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """A few new weights instead of all: the network is frozen, an adapter in it is trained (over PEFT)."""
+
+    name: Literal["none", "lora", "rslora", "dora", "pissa", "ia3"] = "none"
+    """Low-rank products beside linear layers (`lora`; `rslora` scales them for high ranks, `dora` trains the norms of
+    the weights apart, `pissa` begins with the largest singular values), or a scale for each activation (`ia3`)."""
+    rank: Count | None = None
+    """Rank of the products (default 16)."""
+    alpha: Positive | None = None
+    """The products are multiplied by alpha / rank, for `rslora` by alpha / √rank (default 2 × rank)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout probability of what goes into the products (default 0)."""
+    targets: tuple[str, ...] = ("auto",)
+    """Layers that get an adapter: `auto` (PEFT's choice for the architecture where it has one, else `all-linear`),
+    `all-linear` (all linear layers but the head), or regular expressions that match a layer's name (anywhere)."""
+    lr_ratio: Positive | None = None
+    """LoRA+: learning rate of the second factor over that of the first and of all else (default 1; try 16)."""
+    train: tuple[str, ...] = ()
+    """Regular expressions; a module that holds a parameter whose name one of them matches (anywhere) is trained whole,
+    beside the adapter and a classifier's head."""
+
+
+@dataclass(frozen=True)
 class TextDataConfig:
     """Labelled texts: where they are, how they are split and cut into tokens."""
 
@@ -328,6 +351,10 @@ class RunConfig:
 
 class RecipeConfig(Protocol):
     """The sections that every recipe's settings have."""
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """What is trained instead of the whole network."""
 
     @property
     def train(self) -> TrainConfig:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -30,10 +31,23 @@ HUB_PATIENCE = 20.0
 """Seconds that the hub has to answer in."""
 _OTHER_MODELS = f"Models that need no hub: {', '.join('sample:' + name for name in samples.names('model'))}."
 
-_SIZES = ("architecture", "layers", "hidden_size", "heads", "kv_heads", "mlp_size", "rope_theta", "tie_embeddings")
-"""What a new decoder reads, and one that is there has."""
 POSITION_TABLES = frozenset({"position_embeddings", "embed_positions", "positions_embed", "wpe"})
 """How the networks of transformers call the embedding of a token's place in its text, where they learn one."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a model came from.
+
+    Attributes:
+        name, revision, init: as in ModelConfig.
+        drawn: names of those that were drawn from the seed, because there were none or of another size: a new head.
+    """
+
+    name: str
+    revision: str | None
+    init: str
+    drawn: tuple[str, ...]
 
 
 def load_tokenizer(config: ModelConfig | DecoderConfig, *, pads: bool = True) -> Any:
@@ -46,14 +60,14 @@ def load_tokenizer(config: ModelConfig | DecoderConfig, *, pads: bool = True) ->
     Raises:
         ModelError: the model is not there, or has no tokenizer, or one without a padding token.
     """
-    source, options = _source(config)
+    source, options = source_of(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # whatever goes wrong in there, the user is to hear of which model
-        raise _unreadable(config, "tokenizer", error) from error
+        raise unreadable(config, "tokenizer", error) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens) + 2:
         # For most architectures transformers makes one with next to no vocabulary where it finds no file of it.
-        raise _unreadable(config, "tokenizer", FileNotFoundError("its vocabulary is missing"))
+        raise unreadable(config, "tokenizer", FileNotFoundError("its vocabulary is missing"))
     if pads and tokenizer.pad_token_id is None:
         raise ModelError(
             f"the tokenizer of --model.name {config.name} has no padding token",
@@ -75,7 +89,7 @@ def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) ->
         ModelError: the model is not there or cannot classify.
         ConfigError: `freeze` matches nothing, or everything.
     """
-    source, options = _source(config)
+    source, options = source_of(config)
     classes = dict(enumerate(labels))
     build: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
     missing: Iterable[str] = ()
@@ -91,7 +105,7 @@ def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) ->
         )
         network.dtype = torch.float32
         if config.dropout is not None:
-            _set_dropout(network, config.dropout)
+            set_dropout(network, config.dropout)
         torch.manual_seed(seed)
         if config.init == "random":
             model = AutoModelForSequenceClassification.from_config(network, **build)
@@ -101,7 +115,7 @@ def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) ->
             )
             missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     except Exception as error:  # whatever goes wrong in there, the user is to hear of which model
-        raise _unreadable(config, "model", error) from error
+        raise unreadable(config, "model", error) from error
     _check_body(config, model, missing)
     if config.dropout is not None:
         for module in model.modules():
@@ -110,115 +124,41 @@ def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) ->
             elif isinstance(module, nn.MultiheadAttention):
                 module.dropout = config.dropout
     freeze(model, config.freeze)
+    model.origin = Origin(config.name, config.revision, config.init, tuple(sorted(missing)))
     return model  # type: ignore[no-any-return]
 
 
-def load_decoder(config: DecoderConfig, tokenizer: Any, max_length: int, *, seed: int) -> nn.Module:
-    """A causal language model in fp32 on the CPU: new and drawn from `seed`, or with the weights of `config.name`.
+def origin_of(model: nn.Module) -> Origin | None:
+    """Where `load_classifier` had a model from; None for one that was made otherwise."""
+    return getattr(model, "origin", None)
+
+
+def load_again(config: ModelConfig, network: PreTrainedConfig) -> nn.Module:
+    """The model that a run began with, in fp32 on the CPU; a head that its source lacks is drawn anew.
 
     Args:
-        config: which, or how large.
-        tokenizer: its vocabulary must fit into the embedding; a new one is made for it.
-        max_length: tokens of the longest text that a new one is made for.
-        seed: of new weights, so that all ranks hold the same.
+        config: where the weights are.
+        network: of the run, with its architecture and its labels.
 
     Raises:
-        ModelError: the model is not there, is no language model, or has too few embeddings for the tokenizer.
-        ConfigError: sizes that do not go together or have no effect, or `freeze` matches nothing, or everything.
+        ModelError: the model is not there, or is another one.
     """
-    torch.manual_seed(seed)
-    build: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
-    if config.name is None:
-        network = _new_decoder(config, tokenizer, vocabulary, max_length)
-        try:
-            model = AutoModelForCausalLM.from_config(network, **build)
-        except (ImportError, ValueError) as error:
-            raise ModelError(f"this network cannot be built: {_first_line(error)}", "Change --model.*.") from error
-    else:
-        model = _pretrained_decoder(config, build)
-        rows = model.get_input_embeddings().num_embeddings
-        if vocabulary > rows:
-            raise ModelError(
-                f"the tokenizer has {vocabulary} tokens, and --model.name {config.name} embeddings for {rows}",
-                "Take the model's own tokenizer: leave --tokenizer.name out.",
-            )
-    freeze(model, config.freeze)
-    return model  # type: ignore[no-any-return]
-
-
-def _new_decoder(config: DecoderConfig, tokenizer: Any, vocabulary: int, max_length: int) -> PreTrainedConfig:
-    if config.revision is not None:
-        raise ConfigError("--model.revision has no effect without --model.name", "Drop it, or name a hub id.")
-    gated = config.architecture != "gpt2"
-    unread = {} if gated else {"kv_heads": config.kv_heads, "rope_theta": config.rope_theta}
-    if key := next((key for key, value in unread.items() if value != getattr(DecoderConfig(), key)), None):
-        raise ConfigError(f"--model.{key} has no effect on --model.architecture gpt2", "Drop it, or take llama.")
-    kv_heads = config.kv_heads or config.heads
-    if config.hidden_size % config.heads or config.heads % kv_heads:
-        raise ConfigError(
-            f"--model.hidden_size {config.hidden_size}, heads {config.heads}, kv_heads {kv_heads} do not go together",
-            "The width must be a multiple of the heads, and these of those of keys and values.",
-        )
-    by_width = -(-config.hidden_size * 8 // 3 // 64) * 64 if gated else 4 * config.hidden_size
-    network = AutoConfig.for_model(
-        config.architecture,
-        vocab_size=vocabulary,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        max_position_embeddings=max_length,
-        tie_word_embeddings=config.tie_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **({"intermediate_size" if gated else "n_inner": config.mlp_size or by_width}),
-        **({"num_key_value_heads": kv_heads, "head_dim": config.hidden_size // config.heads} if gated else {}),
-        **({"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}} if gated else {}),
-    )
-    network.dtype = torch.float32
-    if config.dropout is not None:
-        _set_dropout(network, config.dropout)
-    return network
-
-
-def _pretrained_decoder(config: DecoderConfig, build: Mapping[str, Any]) -> Any:
-    unset = DecoderConfig()
-    for key in (
-        "architecture",
-        "layers",
-        "hidden_size",
-        "heads",
-        "kv_heads",
-        "mlp_size",
-        "rope_theta",
-        "tie_embeddings",
-    ):
-        if getattr(config, key) != getattr(unset, key):
-            raise ConfigError(
-                f"--model.{key} has no effect on the weights of --model.name {config.name}, whose sizes are its own",
-                "Drop one of the two.",
-            )
-    source, options = _source(config)
+    source, options = source_of(config)
     try:
-        if Path(source).is_dir():
-            refuse_strays(Path(source))
-        network = AutoConfig.from_pretrained(source, **options)
-        network.dtype = torch.float32
-        if config.dropout is not None:
-            _set_dropout(network, config.dropout)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, config=network, output_loading_info=True, **options, **build
-        )
+        kind = getattr(transformers, (network.architectures or [""])[0])
+        with torch.random.fork_rng(devices=[]):
+            model, report = kind.from_pretrained(
+                source,
+                config=network,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # whatever goes wrong in there, the user is to hear of which model
-        raise _unreadable(config, "language model", error) from error
-    if report["missing_keys"]:
-        raise ModelError(
-            f"the weights of --model.name {config.name} lack {len(report['missing_keys'])} tensors of a language "
-            f"model: {', '.join(sorted(report['missing_keys'])[:3])}, …",
-            "Name a causal language model, or train a new one: leave --model.name out.",
-        )
-    return model
+        raise unreadable(config, "model", error) from error
+    _check_body(config, model, [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def locate(name: str) -> str:
@@ -304,7 +244,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def _source(config: ModelConfig | DecoderConfig) -> tuple[str, dict[str, Any]]:
+def source_of(config: ModelConfig | DecoderConfig) -> tuple[str, dict[str, Any]]:
     """Where a model lies, and what `from_pretrained` is to be told beside."""
     assert config.name is not None, "a new network lies nowhere"
     source = locate(config.name)
@@ -337,7 +277,7 @@ def _hub_has(name: str, revision: str | None) -> bool:
     if answer and isinstance(answer[0], (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)):
         raise ModelError(
             f"the hub has no model {name}{f' with revision {revision}' if revision else ''} for you: "
-            f"{_first_line(answer[0])}",
+            f"{first_line(answer[0])}",
             f"Check --model.name and --model.revision. {_OTHER_MODELS}",
         )
     return answer == [None]
@@ -354,11 +294,11 @@ def _check_body(config: ModelConfig, model: Any, missing: Iterable[str]) -> None
         )
 
 
-def _set_dropout(network: PreTrainedConfig, dropout: float) -> None:
+def set_dropout(network: PreTrainedConfig, dropout: float) -> None:
     """Set every rate in a network's configuration and in those inside of it."""
     for name, value in list(vars(network).items()):
         if isinstance(value, PreTrainedConfig):
-            _set_dropout(value, dropout)
+            set_dropout(value, dropout)
         # transformers names them hidden_dropout_prob, attention_dropout, classifier_dropout, resid_pdrop, … Those
         # that skip whole layers are switched off with them, but they are no dropout to be switched on.
         elif _is_rate(value) and (re.search("dropout|pdrop", name) or (dropout == 0 and re.search("layerdrop", name))):
@@ -369,14 +309,16 @@ def _is_rate(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def _unreadable(config: ModelConfig | DecoderConfig, what: str, error: Exception) -> ModelError:
+def unreadable(config: ModelConfig | DecoderConfig, what: str, error: Exception) -> ModelError:
+    """That there is no such `what` under a model's name, and what to do."""
     return ModelError(
-        f"no {what} could be loaded from --model.name {config.name}: {_first_line(error)}",
+        f"no {what} could be loaded from --model.name {config.name}: {first_line(error)}",
         f"Name a folder with config.json, weights and a tokenizer, or a hub id that this machine can reach. "
         f"{_OTHER_MODELS}",
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What the error says, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return f"{lines[0][:300]}" if lines else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,22 +69,42 @@ def build_schedule(config: OptimConfig, total_steps: int) -> Schedule:
     return Schedule(config.schedule, config.lr, total_steps, warmup, decay, config.final_share or 0.0)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The trainable parameters, with decay for matrices and without for vectors (biases, norms) and scalars."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, object]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+def parameter_groups(model: nn.Module, weight_decay: float, lr_ratio: float = 1.0) -> list[dict[str, object]]:
+    """The trainable parameters, with decay for matrices and without for vectors (biases, norms, scales) and scalars.
+
+    Args:
+        model: wrapped or not.
+        weight_decay: of the matrices.
+        lr_ratio: LoRA+, the learning rate of an adapter's second factors over that of all else (Hayou et al. 2024);
+            a group keeps it as its `multiple`.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        (matrix, second): [] for matrix in (True, False) for second in (False, True)
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # IA³'s vectors lie in rows and columns, and begin at one.
+            matrix = parameter.ndim >= 2 and ".ia3_l." not in name
+            groups[matrix, ".lora_B." in name and lr_ratio != 1].append(parameter)
+    return [
+        {"params": params, "weight_decay": weight_decay if matrix else 0.0, "multiple": lr_ratio if second else 1.0}
+        for (matrix, second), params in groups.items()
+        if params
     ]
-    return [group for group in groups if group["params"]]
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters of `model`, wrapped or not."""
+def adamw(model: nn.Module, config: OptimConfig, lr_ratio: float = 1.0) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters of `model`, wrapped or not; `lr_ratio` as for `parameter_groups`."""
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, lr_ratio),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Give each group of an optimizer, torch's or DeepSpeed's, its multiple of the scheduled rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("multiple", 1.0)

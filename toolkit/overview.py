@@ -31,10 +31,16 @@ def overview(
             f"× {shape.ranks} ranks",
             "optimizer": f"{effective['optimizer']}, weight decay {config.optim.weight_decay:g}, "
             f"gradients clipped to {config.train.max_grad_norm or 'nothing'}",
-            "learning rate": f"{schedule.kind} from {schedule.peak:g}, {schedule.warmup_steps} steps of warm-up",
+            "learning rate": f"{schedule.kind} from {schedule.peak:g}, {schedule.warmup_steps} steps of warm-up"
+            + _ratio(config),
             "seed": str(config.run.seed),
         },
     }
+
+
+def _ratio(config: RecipeConfig) -> str:
+    ratio = config.adapter.lr_ratio
+    return f"; {ratio:g} × that for second factors" if ratio else ""
 
 
 def _slow_links(effective: Mapping[str, Any]) -> dict[str, str]:

@@ -56,7 +56,7 @@ class Recovery:
         self._attempts = Attempts(run)
         self._ledger: Ledger | None = None
         self._saver: Saver | None = None
-        layout = world.gather({name: (shard.shape, str(shard.data.dtype)) for name, shard in strategy.shards().items()})
+        layout = world.gather({name: (shard.shape, str(shard.data.dtype)) for name, shard in strategy.saved().items()})
         tensors = {
             name: {"shape": list(shape), "dtype": dtype.removeprefix("torch.")}
             for ranks in layout
@@ -92,10 +92,15 @@ class Recovery:
         """Fill the strategy from the newest good checkpoint; None where there is none.
 
         Raises:
-            CheckpointError: it was written for another model.
+            CheckpointError: it was written for another model, or leaves out the weights of another base.
         """
         found = newest_good(self.store, self._world, self._warn)
         if found:
+            if found.manifest.get("base", "") != self._facts.get("base", ""):
+                raise CheckpointError(
+                    f"{found.path} was written on top of other frozen weights than this run's --model.name has now",
+                    "Bring back the model that the run was begun with.",
+                )
             restore(found, self._strategy, self._world)
             self.saved = found.step
         return found

@@ -18,9 +18,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from toolkit.adapters import adapter_of, check_adapter, left_out
+from toolkit.checkpoint.adapted import export_adapter
 from toolkit.checkpoint.export import write_base, write_model
 from toolkit.compute import compile_blocks, compile_seconds, remove_padding, replace_dropout
-from toolkit.config import GenerateConfig, RecipeConfig, plain, to_yaml
+from toolkit.config import CheckpointConfig, GenerateConfig, RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
@@ -34,6 +36,7 @@ from toolkit.optim import Schedule, adamw, build_schedule
 from toolkit.overview import manifest, overview
 from toolkit.pace import Pace
 from toolkit.precision import choose_precision
+from toolkit.probe import probe_gradients
 from toolkit.profiler import Profiler, refuse_in_vain, span
 from toolkit.progress import Progress
 from toolkit.recovery import Recovery
@@ -76,6 +79,9 @@ class Session:
         self.config = config
         self.world = world()
         self.console = Console(quiet=not self.world.main)
+        check_adapter(config.adapter)
+        if config.adapter.name != "none" and config.checkpoint.max_shard_size != CheckpointConfig().max_shard_size:
+            raise ConfigError("--checkpoint.max_shard_size has no effect on an adapter, which is one file", "Drop it.")
         self.shape: BatchShape = batch_shape(config.train.global_batch, config.train.micro_batch, self.world.size)
         self.precision = choose_precision(config.precision, self.world)
         self.strategy = choose_strategy(
@@ -180,23 +186,30 @@ class Session:
             "the initial weights", [float(p.detach().double().sum()) for p in model.parameters()]
         )
         total, trainable = parameter_counts(model)
+        adapter = adapter_of(model)
+        if adapter is None and self.config.adapter.name != "none":
+            raise ConfigError(f"--adapter.name has no effect on the recipe {self.recipe}", "Drop it.")
         padding = self._remove_padding(model)
         if self.world.device.type == "cpu":
             replace_dropout(model)
+        if trainable < total and not self._run.known:
+            self.world.on_main(lambda: self._probe(model))
         self._padding_free = padding == "none"
         blocks = compile_blocks(model, self.world.device) if self.config.train.compile else 0
-        self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim))
+        ratio = self.config.adapter.lr_ratio or 1.0
+        self.strategy.left_out = left_out(model)
+        self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim, ratio))
         self._tokenizer = tokenizer
         self._folder = RunFolder(self.world.on_main(self._open_folder))
         check_shared(self.folder.path, self.world)
         self._journal = Journal(self.folder, self.config, self.console, self.world)
-        self._resume(data_fingerprint)
+        self._resume(data_fingerprint, {"base": adapter.fingerprint} if adapter else {})
         run = {"folder": str(self.folder.path)}
         if self._progress.step:
             run["goes on"] = f"after step {self._progress.step:,}, attempt {self._recovery.attempt}"
         parameters = {"parameters": f"{total:,}, {trainable:,} trainable"}
         rows = {section: {name: redact(value) for name, value in values.items()} for section, values in plan.items()}
-        rows["model"] = rows.get("model", {}) | parameters
+        rows["model"] = rows.get("model", {}) | parameters | ({"adapter": adapter.describe()} if adapter else {})
         rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
         rows["training"]["padding"] = padding
         if blocks:
@@ -504,14 +517,14 @@ class Session:
             self.console.note(f"saved: the same command goes on from step {step}")
         raise Interrupted(reason)
 
-    def _resume(self, data_fingerprint: str) -> None:
+    def _resume(self, data_fingerprint: str, base: dict[str, str]) -> None:
         """Go on where the run's newest good checkpoint left off, or begin."""
         self._recovery = Recovery(
             self.folder.path,
             self.strategy,
             self.world,
             self.config.checkpoint,
-            {"versions": versions(), "data_fingerprint": data_fingerprint},
+            {"versions": versions(), "data_fingerprint": data_fingerprint, **base},
             self.console.warn,
         )
         if self._run.known:
@@ -618,6 +631,14 @@ class Session:
             raise ConfigError(f"--train.padding_free on has no effect on this model: {why}", "Leave it at auto.")
         return f"to the longest of a micro-batch ({why})" if why else "none"
 
+    def _probe(self, model: nn.Module) -> None:
+        """Does a gradient come to what is trained? Told before the run has a folder."""
+        with torch.random.fork_rng(devices=[]):  # the loader draws a seed for its workers
+            first = next(self._train.steps(1))
+        if batches := [batch for batch in first.micro_batches if self._task.units(batch)]:
+            device = self.world.device
+            probe_gradients(model.to(device), self._task, batches[0].to(device), self.precision)
+
     def _open_folder(self) -> Path:
         folder = RunFolder(open_folder(self.recipe, self._run))
         self._lock = lock(folder.path)
@@ -642,6 +663,9 @@ class Session:
             return
         weights, target = self.strategy.weights(), self.folder.path / "model"
         module: Any = self.strategy.module
+        if adapter_of(module):
+            self.world.on_main(lambda: export_adapter(self.folder.path / "base", weights, target))
+            return
         size = self.config.checkpoint.max_shard_size
         self.world.on_main(lambda: write_model(module, weights, self._tokenizer, target, size))
 

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from toolkit.adapters import add_adapter
 from toolkit.compute import fuse_loss, remove_padding
-from toolkit.config import OptimConfig, StrategyConfig
+from toolkit.config import AdapterConfig, OptimConfig, StrategyConfig
 from toolkit.data.loader import Loader, batch_shape
 from toolkit.engine import evaluate, train_step
 from toolkit.optim import adamw, build_schedule
@@ -49,6 +50,7 @@ class Job:
     lr: float = 1e-3
     max_grad_norm: float | None = 1.0
     frozen: str = ""
+    adapter: AdapterConfig = AdapterConfig()
     samples: int = SAMPLES
     loss_scale: float | None = None
     network: str = "bert"
@@ -182,8 +184,9 @@ def train(job: Job) -> Outcome:
     for name, parameter in model.named_parameters():
         if job.frozen and name.startswith(job.frozen):
             parameter.requires_grad_(False)
+    model = add_adapter(model, job.adapter, seed=5)
     optim = OptimConfig(lr=job.lr, schedule="cosine", warmup_steps=2)
-    strategy.setup(model, lambda wrapped: adamw(wrapped, optim))
+    strategy.setup(model, lambda wrapped: adamw(wrapped, optim, job.adapter.lr_ratio or 1.0))
     del model
     if job.loss_scale:
         strategy.scaler.scale = job.loss_scale  # type: ignore[attr-defined]

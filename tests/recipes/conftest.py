@@ -7,8 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 WORDS = {
     "sport": ["match", "goal", "team", "coach", "season", "league", "striker", "keeper", "penalty", "final"],
@@ -69,3 +70,19 @@ def tiny_job(texts_csv: Path, tiny_model: Path) -> list[str]:
         *("--train.global_batch", "12", "--train.steps", "9", "--optim.lr", "1e-3"),
         *("--precision", "fp32", "--run.log_every", "1"),
     ]
+
+
+@pytest.fixture
+def tiny_base(tiny_model: Path, tmp_path: Path) -> Path:
+    """The same with weights, without a head: what an adapter is put on."""
+    path = tmp_path / "base model"
+    torch.manual_seed(1)
+    BertModel(BertConfig.from_pretrained(tiny_model)).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def adapter_job(tiny_job: list[str], tiny_base: Path) -> list[str]:
+    """Options of a run that trains an adapter on it."""
+    return [*tiny_job, "--model.name", str(tiny_base), "--model.init", "pretrained", "--adapter.name", "lora"]

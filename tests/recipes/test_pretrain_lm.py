@@ -130,6 +130,20 @@ def test_the_saved_model_goes_on_and_has_the_loss_that_was_reported(
     assert again["loss"] == pytest.approx(test["loss"], rel=1e-5)
     assert again["units"] == test["units"]
 
+    # Or an adapter does, on them, which then writes, or becomes part of them.
+    lora = ["--adapter.name", "lora", "--adapter.targets", "all-linear", "--adapter.rank", "4", "--precision", "bf16"]
+    train(2, [*more, *lora, "--run.dir", "lora", "--strategy.name", "fsdp"], tmp_path)
+    report = read(tmp_path / "lora")[1]
+    assert report["plan"]["model"]["logits"] == "never whole"
+    assert report["test"]["loss"] < report["before"]["loss"] == pytest.approx(test["loss"], rel=1e-2)
+    assert toolkit(["merge", str(tmp_path / "lora")]) == 0
+    capsys.readouterr()
+    written = []
+    for folder in ("lora", "lora/merged"):
+        assert toolkit(["predict", str(tmp_path / folder), "The team", "--tokens", "5", "--temperature", "0"]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1] != ""
+
     # It writes.
     run = str(tmp_path / "run")
     assert toolkit(["predict", run, "The bank", "市场", "--tokens", "8", "--temperature", "0", "--json"]) == 0
@@ -191,6 +205,7 @@ def test_other_networks(architecture: str, job: list[str], tmp_path: Path) -> No
         (["--tokenizer.name", "sample:minilm"], "--tokenizer.vocabulary has no effect"),
         (["--tokenizer.vocabulary", "20"], "greater than or equal to 260"),
         (["--model.architecture", "mamba"], "gpt2"),
+        (["--adapter.name", "lora"], "would freeze random weights"),
         (["--train.label_smoothing", "0.1"], "--train.label_smoothing has no effect"),
         (["--data.text", "body"], "has no column 'body'"),
         (["--model.freeze", "nothing"], "matches no parameter"),

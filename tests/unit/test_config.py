@@ -14,6 +14,7 @@ import yaml
 
 from toolkit import config as sections
 from toolkit.config import (
+    AdapterConfig,
     CheckpointConfig,
     CorpusConfig,
     DecoderConfig,
@@ -35,6 +36,7 @@ from toolkit.errors import ConfigError
 
 SECTIONS: dict[str, Any] = {
     "model": ModelConfig,
+    "adapter": AdapterConfig,
     "data": TextDataConfig,
     "decoder": DecoderConfig,
     "tokenizer": TokenizerConfig,
@@ -54,6 +56,7 @@ class Config:
     """Settings of a recipe for tests."""
 
     model: ModelConfig = DEFAULT["model"]
+    adapter: AdapterConfig = DEFAULT["adapter"]
     data: TextDataConfig = DEFAULT["data"]
     decoder: DecoderConfig = DEFAULT["decoder"]
     tokenizer: TokenizerConfig = DEFAULT["tokenizer"]

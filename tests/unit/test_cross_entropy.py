@@ -1,227 +1,448 @@
-"""A loss without logits: the value and the gradients of the plain one, in a fraction of its memory."""
+"""The loss without logits: its numbers are those of the logits, for functions, for models, and over ranks."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+import transformers
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
+from tests.ranks import on_ranks
 from toolkit.compute import cross_entropy as module
 from toolkit.compute import fuse_loss, linear_cross_entropy, remove_padding
-from toolkit.compute.cross_entropy import IGNORED
-from toolkit.precision import Reduced
+from toolkit.config import OptimConfig, StrategyConfig
+from toolkit.data.loader import batch_shape
+from toolkit.errors import ModelError
+from toolkit.optim import adamw
+from toolkit.precision import Precision, Reduced
+from toolkit.strategies import choose_strategy
+from toolkit.world import world
 
-TOKENS, WIDTH, VOCABULARY = 37, 16, 101
-TYPES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
-
-
-def inputs(dtype: torch.dtype = torch.float32, bias: bool = False) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, WIDTH, generator=generator).to(dtype) for n in (TOKENS, VOCABULARY))
-    labels = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
-    labels[::5] = IGNORED
-    more = torch.randn(VOCABULARY, generator=generator).to(dtype).requires_grad_() if bias else None
-    return hidden.requires_grad_(), weight.requires_grad_(), labels, more
+TOKENS, WIDTH, VOCABULARY = 60, 32, 500
+SIZES: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+OF_GPT2 = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "pad_token_id": 0}
+DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", SIZES | {"tie_word_embeddings": False}),
+    "llama, tied": ("Llama", SIZES | {"tie_word_embeddings": True}),
+    "gpt2": ("GPT2", OF_GPT2 | DROPOUT),
+    "qwen2": ("Qwen2", SIZES),
+    "qwen3": ("Qwen3", SIZES),
+    "mistral": ("Mistral", SIZES),
+    "gemma": ("Gemma", SIZES),
+}
+LENGTHS = torch.tensor([5, 20, 11, 16])
+MASK = (torch.arange(20) < LENGTHS[:, None]).long()
+IDS = torch.randint(3, VOCABULARY, MASK.shape, generator=torch.Generator().manual_seed(0)) * MASK
+LABELS = IDS.roll(-1, 1).masked_fill((MASK.roll(-1, 1) == 0) | (torch.arange(20) < 3) | (torch.arange(20) == 19), -100)
+INPUTS = {"input_ids": IDS, "attention_mask": MASK}
 
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: Any = None) -> torch.Tensor:
-    return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, ignore_index=IGNORED, reduction="sum")
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    return cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
 
 
-def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float(((one.float() - other.float()).norm() / other.float().norm()).detach())
+def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, a weight and a bias."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = (torch.randn(shape, generator=generator) for shape in ((TOKENS, WIDTH), (VOCABULARY, WIDTH), (VOCABULARY,)))
+    hidden, weight, bias = ((tensor * size).to(dtype) for tensor, size in zip(drawn, (1, 0.3, 1), strict=True))
+    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("rows", [1, 7, 1000], ids=["rows", "chunks", "whole"])
-@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_value_and_gradients(dtype: torch.dtype, rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", rows * VOCABULARY)
-    expected, found = inputs(dtype, bias), inputs(dtype, bias)
-    (3 * plain(*expected)).backward()
-    loss = linear_cross_entropy(*found)
+def labels() -> torch.Tensor:
+    """A third does not count."""
+    drawn = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(2))
+    return drawn.masked_fill(torch.arange(TOKENS) % 3 == 0, -100)
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def assert_alike(
+    function: Callable[..., torch.Tensor], dtype: torch.dtype, bound: float, factor: float = 0.7, biased: bool = True
+) -> None:
+    """Value and gradients are those of plain cross-entropy in fp64; what comes from above is multiplied in."""
+    inputs = tensors(dtype) if biased else tensors(dtype)[:2]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    logits = exact[0] @ exact[1].T + (exact[2] if biased else 0)
+    expected = cross_entropy(logits, labels(), reduction="sum", ignore_index=-100)
+    loss = function(inputs[0], inputs[1], labels(), *inputs[2:])
     assert loss.dtype == torch.float32
-    (3 * loss).backward()
-    assert apart(loss, plain(*expected)) < (1e-6 if dtype == torch.float32 else 1e-5)
-    for one, other in zip(found, expected, strict=True):
-        if one is not None and one.requires_grad:
-            assert one.grad.dtype == dtype
-            assert apart(one.grad, other.grad) < TYPES[dtype]
+    assert loss.shape == ()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=bound)
+    gradients = torch.autograd.grad(loss * factor, inputs)
+    for found, right, given in zip(gradients, torch.autograd.grad(expected * factor, exact), inputs, strict=True):
+        assert found.dtype == given.dtype
+        assert difference(found, right) < bound
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: int) -> None:
-    expected, found = inputs(), inputs()
-    found[frozen].requires_grad_(False)
-    plain(*expected).backward()
-    linear_cross_entropy(*found).backward()
-    assert found[frozen].grad is None
-    assert apart(found[1 - frozen].grad, expected[1 - frozen].grad) < 1e-6
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("tokens", [None, 1, 7], ids=["one chunk", "token by token", "chunks of 7"])
+def test_value_and_gradients(tokens: int | None, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if tokens:
+        monkeypatch.setattr(module, "CHUNK", tokens * VOCABULARY + 1)
+    assert_alike(linear_cross_entropy, torch.float32, 1e-5, biased=biased)
 
 
-def test_where_nothing_counts_the_gradients_are_zero() -> None:
-    hidden, weight, labels, _ = inputs()
-    loss = linear_cross_entropy(hidden, weight, labels.fill_(IGNORED))
-    loss.backward()
-    assert float(loss) == 0
-    assert not hidden.grad.any()
-    assert not weight.grad.any()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("tokens", [60, 7], ids=["one chunk", "chunks of 7"])
+def test_reduced(dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", tokens * VOCABULARY)
+    monkeypatch.setattr(module, "PART", 33 * WIDTH)
+    assert_alike(linear_cross_entropy, dtype, torch.finfo(dtype).eps)
 
 
-def test_without_gradients_there_is_no_product_for_them() -> None:
-    hidden, weight, labels, _ = inputs()
-    with Largest() as largest, torch.no_grad():
-        linear_cross_entropy(hidden, weight, labels)
-    assert largest.products == 1
+def test_fp16_keeps_the_gradients_of_unlikely_words() -> None:
+    """Of 2**20 words each has a share below the smallest number of fp16."""
+    weight = torch.zeros(2**20, 4, dtype=torch.float16, requires_grad=True)
+    hidden = torch.ones(1, 4, dtype=torch.float16)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, torch.tensor([3])) * 2**15, weight)
+    assert gradient[5].tolist() == [2**-5] * 4
 
 
-class Largest(TorchDispatchMode):
-    """Watches what is computed."""
+def test_large_logits() -> None:
+    hidden, weight, _ = tensors()
+    loss = linear_cross_entropy(hidden * 1e4, weight, labels())
+    assert float(loss.detach()) == pytest.approx(float(plain(hidden * 1e4, weight, labels()).detach()), rel=1e-5)
+
+
+def test_a_graph_that_is_retained_gives_its_gradients_again() -> None:
+    hidden, weight, _ = tensors()
+    loss = linear_cross_entropy(hidden, weight, labels())
+    first = torch.autograd.grad(loss * 3, [hidden, weight], retain_graph=True)
+    second = torch.autograd.grad(loss * 3, [hidden, weight])
+    assert all(map(torch.equal, first, second))
+
+
+def test_the_weight_may_be_away_in_backward() -> None:
+    """As DeepSpeed takes it away between forward and backward, and another may be there then."""
+    hidden, weight, _ = tensors()
+    expected = torch.autograd.grad(plain(hidden, weight, labels()), [hidden, weight])
+    loss = linear_cross_entropy(hidden, weight, labels())
+    weight.data = torch.full_like(weight, torch.nan)
+    for found, right in zip(torch.autograd.grad(loss, [hidden, weight]), expected, strict=True):
+        assert difference(found, right) < 1e-5
+
+
+def test_where_no_label_counts_the_loss_is_zero_and_has_gradients() -> None:
+    inputs = tensors()
+    loss = linear_cross_entropy(inputs[0], inputs[1], torch.full((TOKENS,), -100), inputs[2])
+    assert float(loss.detach()) == 0
+    for found, given in zip(torch.autograd.grad(loss, inputs), inputs, strict=True):
+        assert torch.equal(found, torch.zeros_like(given))
+
+
+class Products(TorchDispatchMode):
+    """Notes the multiplications of all matrix products, and the elements of the largest tensor that is made."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements, self.products = 0, 0
+        self.products: list[int] = []
+        self.largest = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        self.products += "mm" in str(func)
-        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(found) if torch.is_tensor(leaf))])
-        return found
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        name = function._schema.name.split("::")[1].rstrip("_")
+        if name in ("mm", "addmm"):
+            factors = args[-2:]
+            self.products.append(factors[0].shape[0] * factors[0].shape[1] * factors[1].shape[1])
+        sizes = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return output
+
+
+def multiplications(needed: tuple[bool, bool], grad: bool = True, counted: torch.Tensor | None = None) -> float:
+    """In units of those of the logits of all tokens."""
+    hidden, weight = (tensor.requires_grad_(need) for tensor, need in zip(tensors()[:2], needed, strict=True))
+    with torch.set_grad_enabled(grad), Products() as seen:
+        loss = linear_cross_entropy(hidden, weight, torch.arange(TOKENS) if counted is None else counted)
+        if loss.requires_grad:
+            loss.backward()
+    for tensor, need in ((hidden, needed[0]), (weight, needed[1])):
+        assert (tensor.grad is not None) == (need and grad)
+    return sum(seen.products) / (TOKENS * WIDTH * VOCABULARY)
+
+
+def test_only_what_is_needed_is_computed() -> None:
+    assert multiplications((True, True)) == 3
+    assert multiplications((True, False)) == 2, "a frozen weight"
+    assert multiplications((False, True)) == 2
+    assert multiplications((False, False)) == 1
+    assert multiplications((True, True), grad=False) == 1
+    assert multiplications((True, True), counted=labels()) == 2, "two thirds count"
+
+
+def test_logits_are_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 10 * VOCABULARY)
+    model = language_model("llama")
+    assert fuse_loss(model) == ""
+    every = torch.ones(8, 20, dtype=torch.long)
+    logits = every.numel() * VOCABULARY
+    with Products() as seen:
+        model(input_ids=every, labels=every).logits.sum().backward()
+    assert seen.largest == VOCABULARY * WIDTH < logits / 4, "the weight and its gradient"
+    with Products() as seen:
+        cross_entropy(model(input_ids=every).logits.flatten(0, 1), every.flatten()).backward()
+    assert seen.largest == logits
 
 
 # Models
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 1000,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-}
-MLP = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
-FUSED = {
-    "Llama": lambda: LlamaForCausalLM(LlamaConfig(**MLP)),
-    "Llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**MLP, tie_word_embeddings=True)),
-    "Mistral": lambda: MistralForCausalLM(MistralConfig(**MLP)),
-    "Qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**MLP, tie_word_embeddings=True)),
-    "Gemma": lambda: GemmaForCausalLM(GemmaConfig(**MLP, head_dim=8)),
-    "GPT-2": lambda: GPT2LMHeadModel(GPT2Config(**SIZES, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
-}
-LEFT = {
-    "Gemma 2": lambda: Gemma2ForCausalLM(Gemma2Config(**MLP, head_dim=8, final_logit_softcapping=1.0)),
-    "Granite": lambda: GraniteForCausalLM(GraniteConfig(**MLP, logits_scaling=2.0)),
-    "Cohere": lambda: CohereForCausalLM(CohereConfig(**MLP)),
-}
 
-
-def model_of(name: str) -> Any:
+def language_model(name: str, **options: Any) -> Any:
+    family, sizes = MODELS.get(name, (name, SIZES))
     torch.manual_seed(0)
-    return (FUSED | LEFT)[name]().train()
+    config = getattr(transformers, f"{family}Config")(**(sizes | options))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():  # so that the loss is not that of chance
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.train()
 
 
-def batch() -> dict[str, torch.Tensor]:
-    lengths = torch.tensor([9, 14, 4])
-    there = torch.arange(14) < lengths[:, None]
-    ids = torch.arange(42).view(3, 14) * 7919 % 1000
-    labels = ids.roll(-1, 1).masked_fill(torch.arange(14) >= lengths[:, None] - 1, IGNORED)
-    return {"input_ids": ids.where(there, 0), "attention_mask": there.long(), "labels": labels}
+def of_logits(outputs: Any) -> torch.Tensor:
+    return cross_entropy(outputs.logits.float().flatten(0, 1), LABELS.flatten(), reduction="sum", ignore_index=-100)
 
 
-def losses(model: Any, **texts: torch.Tensor) -> torch.Tensor:
-    labels = texts.pop("labels")
-    return plain_of(model(**texts).logits, labels)
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
 
 
-def plain_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+def assert_same_loss(expected: Any, fused: Any, bound: float = 1e-5) -> None:
+    """Of the model as it is and the fused one: the loss and each gradient."""
+    loss = of_logits(expected(**INPUTS))
+    loss.backward()
+    outputs = fused(**INPUTS, labels=LABELS)
+    assert outputs.logits.shape == (1,)
+    assert outputs.logits.dtype == torch.float32
+    assert outputs.loss is None
+    outputs.logits.sum().backward()
+    assert float(outputs.logits.detach()) == pytest.approx(float(loss.detach()), rel=bound)
+    right, found = gradients(expected), gradients(fused)
+    assert found.keys() == right.keys() != set()
+    largest = max(float(gradient.norm()) for gradient in right.values())
+    for name, gradient in right.items():
+        assert float((found[name] - gradient).norm()) < bound * max(float(gradient.norm()), largest / 100), name
 
 
-@pytest.mark.parametrize("free", ["padded", "free, then fused", "fused, then free"])
-@pytest.mark.parametrize("name", FUSED)
-def test_models_give_their_loss(name: str, free: str) -> None:
-    expected, model = model_of(name), model_of(name)
-    verbs = {"padded": [fuse_loss], "free, then fused": [remove_padding, fuse_loss]}
-    assert [verb(model) for verb in verbs.get(free, [fuse_loss, remove_padding])] in ([""], ["", ""])
-    loss = model(**batch()).logits
-    assert loss.shape == (1,)
-    loss.sum().backward()
-    whole = losses(expected, **batch())
-    whole.backward()
-    torch.testing.assert_close(loss[0], whole, rtol=1e-5, atol=0)
-    for (parameter, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
-        assert apart(one.grad, other.grad) < 1e-5, parameter
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str) -> None:
+    expected, fused = language_model(name), language_model(name)
+    assert fuse_loss(fused) == ""
+    assert fused.training
+    assert_same_loss(expected, fused)
+    with torch.no_grad():
+        loss = float(fused(**INPUTS, labels=LABELS, return_dict=False)[0])
+    assert loss == pytest.approx(float(of_logits(expected(**INPUTS)).detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_models_that_do_something_to_logits_stay_as_they_were(name: str) -> None:
-    model = model_of(name)
-    ids = batch()["input_ids"]
-    before = model(input_ids=ids).logits
-    assert fuse_loss(model).startswith("its loss would differ")
-    assert torch.equal(model(input_ids=ids).logits, before)
+def test_a_masked_language_model() -> None:
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    fused = AutoModelForMaskedLM.from_config(BertConfig(**sizes))
+    expected = copy.deepcopy(fused)
+    assert fuse_loss(fused) == ""
+    assert_same_loss(expected, fused)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("Gemma2", {}), ("Granite", {"logits_scaling": 8.0}), ("Cohere", {"logit_scale": 0.06})],
+    ids=["soft-capped", "divided", "multiplied"],
+)
+def test_models_that_change_logits_are_left_as_they_are(family: str, options: dict[str, Any]) -> None:
+    expected, model = language_model(family, **options), language_model(family, **options)
+    assert "it changes logits" in fuse_loss(model)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
     assert not model._forward_pre_hooks
-    assert "forward" not in vars(model.get_output_embeddings())
+    assert not model._forward_hooks
+    assert vars(model.get_output_embeddings()).keys() == vars(expected.get_output_embeddings()).keys()
+    results = [each(**INPUTS, labels=IDS) for each in (model, expected)]
+    assert torch.equal(results[0].logits, results[1].logits)
+    assert torch.equal(results[0].loss, results[1].loss)
 
 
-def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 8000)
-    model = model_of("Llama")
-    with Largest() as whole:
-        losses(model, **batch()).backward()
-    fuse_loss(model)
-    with Largest() as largest:
-        model(**batch()).logits.sum().backward()
-    assert whole.elements >= 42 * 1000
-    assert largest.elements <= 1000 * 32, "the weight's gradient is the largest"
+def test_models_without_a_head_for_words() -> None:
+    classifier = transformers.BertForSequenceClassification(BertConfig(**SIZES))
+    assert fuse_loss(classifier) == "it has no output embedding"
+    assert fuse_loss(torch.nn.Linear(2, 2)) == "it has no output embedding"
+    model = language_model("llama")
+    model.lm_head = torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    assert fuse_loss(model) == "its output embedding is a ParametrizedLinear"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied"])
+def test_with_reduced_copies(name: str) -> None:
+    expected, fused = language_model(name), language_model(name)
+    assert fuse_loss(fused) == ""
+    found = []
+    for model, given in ((expected, {}), (fused, {"labels": LABELS})):
+        reduced = Reduced(model, torch.bfloat16)
+        outputs = reduced.forward(INPUTS | given)
+        loss = outputs.logits.sum() if given else of_logits(outputs)
+        reduced.backward(loss)
+        assert all(parameter.grad is None or parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+        found.append((float(loss.detach()), gradients(model)))
+    (right, exact), (loss, rounded) = found
+    assert loss == pytest.approx(right, rel=2**-9)
+    assert rounded.keys() == exact.keys()
+    for part in ("lm_head.weight" if name == "llama" else "model.embed_tokens.weight", "model.norm.weight"):
+        assert difference(rounded[part], exact[part]) < 2**-6, part
+
+
+@pytest.mark.parametrize("first", ["padding", "loss"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_without_padding(name: str, first: str) -> None:
+    expected, fused = language_model(name), language_model(name)
+    steps = [remove_padding, fuse_loss]
+    for step in steps if first == "padding" else reversed(steps):
+        assert step(fused) == ""
+    assert_same_loss(expected, fused)
+    seen: list[int] = []
+    block = (fused.transformer.h if name == "gpt2" else fused.model.layers)[-1].mlp
+    block.register_forward_hook(lambda layer, args, output: seen.append(output.shape[0]))
+    fused(**INPUTS, labels=LABELS)
+    assert seen == [1]
+
+
+def test_gradient_checkpointing() -> None:
+    expected, fused = language_model("llama"), language_model("llama")
+    assert fuse_loss(fused) == ""
+    fused.gradient_checkpointing_enable()
+    assert_same_loss(expected, fused)
+
+
+def test_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    models = []
+    for number in range(3):  # as it is; fused first; adapted first
+        model = language_model("llama, tied")
+        assert number != 1 or fuse_loss(model) == ""
+        torch.manual_seed(1)
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+        assert number != 2 or fuse_loss(model) == ""
+        models.append(model)
+    expected, *others = models
+    for fused in others:
+        assert_same_loss(expected, fused)
+        with Products() as seen:
+            fused(**INPUTS, labels=LABELS)
+        head = int((LABELS != -100).sum()) * WIDTH * VOCABULARY
+        assert seen.products.count(head) == 2, "no gradient of the frozen head"
+
+
+def test_an_adapter_on_the_head() -> None:
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(target_modules=["lm_head"])
+    assert "its output embedding is a" in fuse_loss(peft.get_peft_model(language_model("llama"), adapter))
+    model = language_model("llama")
+    assert fuse_loss(model) == ""
+    with pytest.raises(ModelError, match="another output embedding"):
+        peft.get_peft_model(model, adapter)(**INPUTS, labels=LABELS)
 
 
 def test_without_labels_it_computes_as_before() -> None:
-    model = model_of("Llama").eval()
-    ids = batch()["input_ids"][:1]
-    before, text = model(input_ids=ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
-    fuse_loss(model)
-    model(**batch())
-    assert torch.equal(model(input_ids=ids).logits, before)
-    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), text)
+    expected, fused = language_model("llama").eval(), language_model("llama").eval()
+    assert fuse_loss(fused) == ""
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    prompt = {name: value.flip(1) for name, value in INPUTS.items()}
+    for _ in range(2):
+        assert torch.equal(fused.generate(**prompt, **options), expected.generate(**prompt, **options))
+        assert torch.equal(fused(**INPUTS).logits, expected(**INPUTS).logits)
+        assert fused(**INPUTS, labels=LABELS).past_key_values is None
+
+
+def test_labels_of_a_forward_that_fails_are_forgotten() -> None:
+    model = language_model("llama")
+    assert fuse_loss(model) == ""
     with pytest.raises(IndexError):
-        model(**batch() | {"input_ids": ids + 1000})
-    assert torch.equal(model(input_ids=ids).logits, before), "labels of a forward that failed are forgotten"
+        model(input_ids=IDS + VOCABULARY, labels=LABELS)
+    assert model(**INPUTS).logits.shape == (*IDS.shape, VOCABULARY)
+    with pytest.raises(ModelError, match="not of the same tokens"):
+        model(**INPUTS, labels=LABELS[:, 1:])
+    assert model(**INPUTS).logits.shape == (*IDS.shape, VOCABULARY)
 
 
-def test_in_bf16_and_with_activations_computed_again() -> None:
-    expected, model = model_of("Llama, tied"), model_of("Llama, tied")
-    fuse_loss(model)
-    model.gradient_checkpointing_enable()
-    reduced = Reduced(model, torch.bfloat16)
-    texts = batch()
-    loss = reduced.forward(texts).logits
-    reduced.backward(loss.sum())
-    whole = losses(expected, **texts)
-    whole.backward()
-    assert apart(loss, whole[None]) < 2**-8
-    for (parameter, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
-        assert one.grad is not None
-        assert one.grad.dtype == torch.float32
-        assert apart(one.grad, other.grad) < 0.03, parameter
+def test_a_copy_has_labels_of_its_own() -> None:
+    model = language_model("llama, tied")
+    assert fuse_loss(model) == ""
+    twin = copy.deepcopy(model)
+    model.zero_grad()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert_same_loss(language_model("llama, tied"), twin)
+
+
+# Ranks
+
+OPTIM = OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0)
+STEPS = 3
+Outcome = tuple[list[float], dict[str, np.ndarray[Any, Any]]]
+
+
+def train(strategy_name: str, model_name: str, fused: bool) -> Outcome:
+    """Steps on four texts, dealt to the ranks; in the second step the last half of them has no label that counts."""
+    w = world()
+    w.connect()
+    strategy = choose_strategy(
+        StrategyConfig(name=strategy_name),
+        world=w,
+        precision=Precision("fp32"),
+        shape=batch_shape(len(IDS), None, w.size),
+        max_grad_norm=1.0,
+    )
+    model = language_model(model_name)
+    assert not fused or fuse_loss(model) == ""
+    strategy.setup(model, lambda wrapped: adamw(wrapped, OPTIM))
+    losses = []
+    for step in range(STEPS):
+        targets = LABELS.clone()
+        if step == 1:
+            targets[2:] = -100
+        share = slice(w.rank * len(IDS) // w.size, (w.rank + 1) * len(IDS) // w.size)
+        inputs = {name: value[share] for name, value in INPUTS.items()}
+        with strategy.micro_batch(last=True):
+            if fused:
+                loss = strategy.forward(inputs | {"labels": targets[share]}).logits.sum()
+            else:
+                logits = strategy.forward(inputs).logits.flatten(0, 1)
+                loss = cross_entropy(logits, targets[share].flatten(), reduction="sum", ignore_index=-100)
+            strategy.backward(loss / (targets != -100).sum())
+        losses.append(float(w.sum(loss.detach())))
+        assert strategy.update(OPTIM.lr).applied
+    weights = {name: tensor.numpy() for name, tensor in strategy.weights().items()}
+    strategy.teardown()
+    w.close()
+    return losses, weights
+
+
+@pytest.mark.parametrize("model", ["llama", "llama, tied"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+def test_ranks(strategy: str, model: str) -> None:
+    ((expected, right),) = on_ranks(train, 1, "single", model, False)
+    (losses, weights), (others, _) = on_ranks(train, 2, strategy, model, True)
+    assert losses == others == pytest.approx(expected, rel=1e-5)
+    assert set(right) <= set(weights) | {"lm_head.weight"}
+    for name, found in weights.items():
+        assert np.linalg.norm(found - right[name]) < 1e-5 * np.linalg.norm(right[name]), name

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from recipes.pretrain_lm import Config
 from tests.parity.job import tiny_tokenizer
 from toolkit.config import DecoderConfig, from_yaml
+from toolkit.decoders import load_decoder
 from toolkit.errors import ConfigError, ModelError
-from toolkit.models import load_decoder, parameter_counts
+from toolkit.models import parameter_counts
 from toolkit.samples import fetch
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "pretrain_lm").glob("*.yaml"))

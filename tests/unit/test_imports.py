@@ -30,11 +30,13 @@ FLOORS = (
     "order",
     "precision",
     "models",
+    "decoders",
     "compute",
     "quantization",
     "adapters",
     "data",
     "tasks",
+    "probe",
     "optim",
     "strategies",
     "numerics",
@@ -51,6 +53,7 @@ FLOORS = (
     "start",
     "plan",
     "predict",
+    "merge",
     "serve",
     "cli",
 )
@@ -66,6 +69,7 @@ LATE = {
     ("toolkit.checkpoint.commands", "toolkit.checkpoint.joined"): "with torch, which a listing can do without",
     ("toolkit.checkpoint.commands", "toolkit.checkpoint.convert"): "with torch",
     ("toolkit.checkpoint.commands", "toolkit.checkpoint.export"): "with torch and transformers",
+    ("toolkit.checkpoint.commands", "toolkit.checkpoint.adapted"): "with torch and transformers",
 }
 """Imports of own modules inside of functions, and why they are allowed."""
 

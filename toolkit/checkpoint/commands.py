@@ -116,7 +116,7 @@ def _export_arguments(parser: ArgumentParser) -> None:
         help="this one; or best: of the lowest validation loss; or latest (the default)",
     )
     parser.add_argument(
-        "--max-shard-size", type=_shard_size, default="5GB", metavar="SIZE", help="largest file (default: 5GB)"
+        "--max-shard-size", type=_shard_size, metavar="SIZE", help="largest file (default: 5GB); not for an adapter"
     )
     parser.add_argument(
         "--bound",
@@ -140,9 +140,15 @@ def _export(options: Namespace) -> int:
         )
     check_versions()
     manifest = _verified(path)
+    from toolkit.checkpoint.adapted import export_adapter
     from toolkit.checkpoint.export import export_model, load_weights
 
-    proof = export_model(base, load_weights(path, manifest), target, options.max_shard_size, options.bound)
+    if manifest.get("base"):
+        if options.max_shard_size:
+            raise ConfigError("--max-shard-size has no effect on an adapter, which is one file", "Drop it.")
+        proof = export_adapter(base, load_weights(path, manifest), target, options.bound)
+    else:
+        proof = export_model(base, load_weights(path, manifest), target, options.max_shard_size or "5GB", options.bound)
     print(target)
     print(
         f"step {manifest['step']}: {proof.parameters:,} parameters in {proof.tensors} tensors and "

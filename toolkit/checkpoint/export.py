@@ -17,6 +17,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from toolkit.adapters import adapter_of
 from toolkit.checkpoint.joined import load_weights, state_digest
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.folders import written_aside
@@ -73,9 +74,11 @@ def write_base(model: PreTrainedModel, tokenizer: Any, base: Path) -> None:
         tokenizer: saved beside the configuration.
         base: written to by this process alone.
     """
-    with written_aside(base) as aside, _quiet():
-        _write_config(model, aside, torch.float32)
+    with written_aside(base) as aside, quiet_libraries():
+        write_config(model, aside, torch.float32)
         tokenizer.save_pretrained(aside)
+        if adapter := adapter_of(model):
+            adapter.write(aside)
 
 
 def write_model(
@@ -94,8 +97,8 @@ def write_model(
         target: written to by this process alone.
         max_shard_size: of a file of weights, as `5GB`.
     """
-    with written_aside(target) as aside, _quiet():
-        _write(model, weights, tokenizer, aside, max_shard_size)
+    with written_aside(target) as aside, quiet_libraries():
+        write_files(model, weights, tokenizer, aside, max_shard_size)
 
 
 def export_model(
@@ -114,11 +117,11 @@ def export_model(
         ModelError: `base` describes no model that transformers can build, or no tokenizer.
         CheckpointError: the weights are not those of the model, or the proof failed.
     """
-    with _quiet():
+    with quiet_libraries():
         tokenizer = load_tokenizer(base)
         model = build_model(base, weights)
         with written_aside(target) as aside:
-            _write(model, weights, tokenizer, aside, max_shard_size)
+            write_files(model, weights, tokenizer, aside, max_shard_size)
             return prove(aside, model, probe_batch(model.config), bound)
 
 
@@ -136,10 +139,10 @@ def prove(target: Path, model: PreTrainedModel, probe: Mapping[str, torch.Tensor
     """
     try:
         tensors, parameters = _check_files(target)
-        with _quiet():
-            again = _load_again(target, model)
+        with quiet_libraries():
+            again = load_written(target, model)
         weights = _weight_difference(model, again)
-        logits = _logit_difference(model, again, probe)
+        logits = logit_difference(model, again, probe)
         # A difference that is not a number is no small one.
         if not (weights <= bound and logits <= bound):
             raise CheckpointError(
@@ -162,7 +165,7 @@ def build_model(base: Path, weights: Mapping[str, torch.Tensor]) -> PreTrainedMo
         CheckpointError: the weights are not those of this model.
     """
     config, kind = _architecture(base)
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
         model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
     own = model.state_dict()
     strange = [name for name in weights if name not in own or weights[name].shape != own[name].shape]
@@ -186,7 +189,7 @@ def load_tokenizer(base: Path) -> Any:
         ModelError: there is none.
     """
     try:
-        with _quiet():
+        with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(base, **_LOCAL)
     except Exception as error:  # each of the libraries below has its own
         raise _unreadable(base, "tokenizer", error) from error
@@ -224,9 +227,10 @@ def probe_batch(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     return probe | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
 
 
-def _write(
+def write_files(
     model: PreTrainedModel, weights: Mapping[str, torch.Tensor], tokenizer: Any, folder: Path, max_shard_size: str
 ) -> None:
+    """Write the files of a model folder into one that is there; see `write_model`."""
     # Of two names for one tensor the file holds one; copies of them cannot be told from two tensors.
     tied = {
         name
@@ -236,11 +240,12 @@ def _write(
     kept = {name: tensor for name, tensor in weights.items() if name not in tied}
     model.save_pretrained(folder, state_dict=kept, max_shard_size=max_shard_size)
     # Once more: transformers has noted the type of the engine's copies, in which it would load these weights.
-    _write_config(model, folder, next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
+    write_config(model, folder, next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
     tokenizer.save_pretrained(folder)
 
 
-def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json: of the plain model, whatever wraps it, with weights of `dtype`."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.dtype = dtype
@@ -266,7 +271,8 @@ def _check_files(target: Path) -> tuple[int, int]:
     return tensors, parameters
 
 
-def _load_again(target: Path, model: PreTrainedModel) -> PreTrainedModel:
+def load_written(target: Path, model: PreTrainedModel) -> PreTrainedModel:
+    """A written model of the same class as `model`, in fp32, if it has all weights and no others."""
     try:
         again, report = type(model).from_pretrained(
             target,
@@ -296,19 +302,21 @@ def _weight_difference(model: PreTrainedModel, again: PreTrainedModel) -> float:
     return float(torch.tensor(differences, dtype=torch.float64).max())  # Python's max would lose what is not a number
 
 
-def _logit_difference(model: PreTrainedModel, again: PreTrainedModel, probe: Mapping[str, torch.Tensor]) -> float:
+def logit_difference(model: PreTrainedModel, again: PreTrainedModel, probe: Mapping[str, torch.Tensor]) -> float:
+    """Largest absolute difference of two models' answers to `probe`."""
     training = model.training
     try:
-        return _difference(_answer(model.eval(), probe), _answer(again.eval(), probe))
+        return _difference(answer(model.eval(), probe), answer(again.eval(), probe))
     finally:
         model.train(training)
 
 
 @torch.no_grad()
-def _answer(model: PreTrainedModel, probe: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def answer(model: PreTrainedModel, probe: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A model's logits on `probe`, or the first of its outputs."""
     outputs: Any = model(**probe)
-    answer: torch.Tensor = outputs.logits if "logits" in outputs else outputs[0]
-    return answer.float()
+    logits: torch.Tensor = outputs.logits if "logits" in outputs else outputs[0]
+    return logits.float()
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -336,7 +344,7 @@ def _architecture(base: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Without the bars and reports of transformers, and what DeepSpeed prints when transformers imports it to save."""
     logging = transformers.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -99,7 +99,7 @@ def restore(checkpoint: Checkpoint, strategy: Strategy, world: World) -> None:
     Raises:
         CheckpointError: it was written for another model; raised on all ranks.
     """
-    shards = strategy.shards()
+    shards = strategy.saved()
     for name in [name for name in shards if name.startswith("outer/") and name not in checkpoint.manifest["tensors"]]:
         shards.pop(name).data.zero_()  # the strategy that wrote it keeps no such thing
     try:

@@ -68,7 +68,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         pinned = world.device.type == "cuda"
-        shards = strategy.shards()
+        shards = strategy.saved()
         # What several ranks hold, one of them copies, checks and writes.
         self._staged = {
             name: FlatShard(
@@ -126,7 +126,7 @@ class Saver:
             raise error
 
     def _stage(self) -> None:
-        shards = self._strategy.shards()
+        shards = self._strategy.saved()
         torch._foreach_copy_(
             [staged.data for staged in self._staged.values()],
             [shards[name].data for name in self._staged],

@@ -1,52 +1,97 @@
-"""The loss of a language model whose logits are never there as a whole.
+"""The cross-entropy of a language model whose logits are never there as a whole.
 
-Of 4,096 tokens and a vocabulary of 128,000, logits take 2 GB in fp32, and their gradient as much again. Here they are
-computed chunk by chunk, together with what they give to the gradients, and forgotten.
+The logits of a step are often its largest tensor: a number for each token and word. Here they are computed for some
+tokens at a time, and what is kept of them is their loss and the gradients, which are computed at once.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from toolkit.compute.padding_free import short_texts
+from toolkit.errors import ModelError
+
 IGNORED = -100
-"""Label of a position that predicts nothing, as torch's losses have it."""
+"""The label of a token that does not count, as in torch and transformers."""
 CHUNK = 2**24
-"""Logits that are there at once: 64 MB in fp32, and products that are still large enough to be fast."""
-TOLERANCE = 1e-4
-"""Largest difference of the loss to that of whole logits, relative to it: fp32 in another order."""
+"""Logits at a time. Each chunk passes once over the gradient of the weight, so it must have many tokens: these are 128
+of the largest vocabularies of today; and it is 64 MiB in fp32, less than that gradient has."""
+PART = 2**21
+"""Elements of a gradient at a time, where it is converted: so few that their memory is used again and again."""
+FP16_SCALE = 2.0**15
+"""What softmax gives to an unlikely word is too small for fp16; scaled by this, the largest error still fits."""
+TOLERANCE = 1e-3
+"""Largest difference of the fused loss to the plain one, relative: a bf16 head rounds, whatever changes logits after
+the head makes the loss another by far."""
 
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Cross-entropy of `hidden @ weight.T + bias`, summed over the labels that count.
+    """Cross-entropy of `softmax(hidden @ weight.T + bias)`, summed over the labels that count.
 
-    The gradient of each chunk's logits is at hand when their loss is, so both of its products are taken then and there
-    (three products in all, as without chunks), and only those that somebody needs. Softmax and sums are in fp32.
+    The gradients are computed along with the loss, those alone that are needed; they can be had by `backward` as often
+    as the graph is retained, but not be differentiated again. The weight may be another, or away, in `backward`.
 
     Args:
-        hidden: (tokens, width).
-        weight: (vocabulary, width), of the same type.
-        labels: (tokens,) int64; `IGNORED` does not count, and costs nothing.
+        hidden: (tokens, width), in fp32, bf16 or fp16.
+        weight: (vocabulary, width), in the same dtype.
+        labels: (tokens,) int64; -100 does not count, and costs nothing.
         bias: (vocabulary,).
 
     Returns:
-        A scalar in fp32; 0, with gradients of 0, where no label counts.
+        A scalar in fp32; 0 with gradients of 0 where no label counts.
     """
-    # Not torch's own function of that name (2.13): in bf16 its sum has three digits, and on CPUs it took 4 to 11 times
-    # as long as whole logits, where this one takes as long.
-    counts = labels != IGNORED
-    return _SummedLoss.apply(  # type: ignore[no-any-return,no-untyped-call]
-        hidden[counts], weight, bias, labels[counts], torch.is_grad_enabled()
-    )
+    # Not torch's own `linear_cross_entropy` (2.13, with its options), which is as exact in fp32 alone: in bf16 it adds
+    # up the loss and the chunks of the weight's gradient in bf16. 2,048 tokens, 32,000 words, width 576, a core (EPYC):
+    #               fp32: s    MiB    bf16: s    MiB    the loss is off by    the weight's gradient by
+    # torch's own       3.2    158        5.8    332                2.0e-2                      2.7e-3
+    # here              2.7    152        1.1    217                2.5e-6                      1.9e-3
+    # logits            2.9    746        1.3    750                2.5e-6                      1.6e-3
+    counted = (labels != IGNORED).nonzero().squeeze(1)
+    # The types are those of the weight, whatever autocast would make of them.
+    inputs = (hidden.index_select(0, counted).to(weight.dtype), weight, bias, labels[counted])
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Loss.apply(*inputs, torch.is_grad_enabled())  # type: ignore[no-any-return,no-untyped-call]
 
 
-class _SummedLoss(torch.autograd.Function):
+def fuse_loss(model: Any) -> str:
+    """Let a language model return the loss of its labels in the place of logits, if it can.
+
+    Called with `labels` (texts, length), of which `labels[i, t]` is what position t is to predict (nothing is shifted)
+    and -100 does not count, `outputs.logits` is the summed loss, (1,) in fp32, and there is no cache. Called without
+    it computes logits as before.
+
+    Args:
+        model: of transformers, inside of PEFT's wrapper or not, not yet laid over the ranks.
+
+    Returns:
+        Why the model stays as it was; empty where it now computes its loss.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is not nn.Linear:
+        return f"its output embedding is a {type(head).__name__}" if head is not None else "it has no output embedding"
+    fused = None
+    try:
+        plain = _probe(model, _plain)
+        fused = _Fused(model.get_base_model() if hasattr(model, "get_base_model") else model, head)
+        difference = abs(_probe(model, _fused) / plain - 1)
+        why = f"its loss would differ by {difference:.1e}: it changes logits" if difference > TOLERANCE else ""
+    except Exception as error:  # what a model raises that wants other inputs, or other logits, is its own affair
+        why = f"it does not take a loss for logits: {error}"
+    if why and fused:
+        fused.leave()
+    return why
+
+
+class _Loss(torch.autograd.Function):
+    """All labels count."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -54,128 +99,173 @@ class _SummedLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        grad: bool,
+        grad_enabled: bool,
     ) -> torch.Tensor:
-        wanted = [grad and needed for needed in ctx.needs_input_grad[:3]]
-        loss = torch.zeros((), device=hidden.device)
-        to_hidden = torch.empty_like(hidden) if wanted[0] else None
-        # Many small terms: added up in fp32.
-        to_weight, to_bias = (
-            torch.zeros(tensor.shape, device=tensor.device) if tensor is not None and want else None
-            for tensor, want in zip((weight, bias), wanted[1:], strict=True)
-        )
-        rows = max(1, CHUNK // len(weight))
-        for start in range(0, len(labels), rows):
-            part, label = hidden[start : start + rows], labels[start : start + rows, None]
-            logits = F.linear(part, weight, bias).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += (log_sum - logits.gather(1, label)).sum()
-            if not any(wanted):
-                continue
-            # The gradient of the logits: the softmax, less one at the label.
-            gradient = logits.sub_(log_sum).exp_()
-            gradient.scatter_add_(1, label, gradient.new_full(label.shape, -1.0))
-            if to_bias is not None:
-                to_bias += gradient.sum(0)
-            gradient = gradient.to(hidden.dtype)
-            if to_hidden is not None:
-                torch.mm(gradient, weight, out=to_hidden[start : start + rows])
-            if to_weight is not None:
-                _add_product(to_weight, gradient.t(), part)
-        ctx.gradients = (to_hidden, to_weight, to_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        inputs = (hidden, weight, bias)
+        ctx.scale = FP16_SCALE if weight.dtype == torch.float16 else 1.0
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        # All in fp32 until they have been multiplied by what comes from above, so that they are rounded once.
+        gradients = [
+            torch.zeros(tensor.shape, device=hidden.device, dtype=torch.float32)
+            if needed and grad_enabled and tensor is not None
+            else None
+            for tensor, needed in zip(inputs, ctx.needs_input_grad[:3], strict=True)
+        ]
+        loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        for start in range(0, len(labels), tokens := max(1, CHUNK // len(weight))):
+            part = slice(start, start + tokens)
+            loss += _add_gradients(inputs, labels[part], part, gradients, ctx.scale)
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = (
-            None if gradient is None else gradient.mul_(upstream).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        factor = 1 / ctx.scale * torch.ones(())
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (
+            *(None if gradient is None else _times(gradient, factor, dtype) for gradient, dtype in gradients),
+            None,
+            None,
         )
-        return *scaled, None, None
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add the product of two matrices to `total`, which is in fp32."""
-    if right.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+def _add_gradients(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    labels: torch.Tensor,
+    part: slice,
+    gradients: list[torch.Tensor | None],
+    scale: float,
+) -> torch.Tensor:
+    """The loss of a part of the tokens, with these labels; its gradients, times `scale`, join the others."""
+    (hidden, weight, bias), (of_hidden, of_weight, of_bias) = inputs, gradients
+    at_label = labels[:, None]
+    logits = _product(hidden[part], weight.T).float()
+    if bias is not None:
+        logits += bias
+    # In place, for a chunk is large.
+    logits -= logits.amax(1, keepdim=True)
+    of_labels = logits.gather(1, at_label)
+    sums = logits.exp_().sum(1, keepdim=True)
+    loss = (sums.log() - of_labels).sum()
+    if of_hidden is None and of_weight is None and of_bias is None:
+        return loss
+    errors = logits.div_(sums)  # the gradient of the logits: softmax, less 1 at the label
+    errors.scatter_add_(1, at_label, -torch.ones_like(of_labels))
+    if scale != 1:
+        errors *= scale
+    if of_bias is not None:
+        of_bias += errors.sum(0)
+    errors = errors.to(weight.dtype)
+    del logits
+    if of_hidden is not None:
+        of_hidden[part] = _product(errors, weight)
+    if of_weight is not None and weight.dtype == torch.float32:
+        of_weight.addmm_(errors.T, hidden[part])
+    elif of_weight is not None:  # some words at a time: torch adds in two dtypes by way of a copy
+        words = max(1, PART // hidden.shape[1])
+        for into, of_words in zip(torch.split(of_weight, words), torch.split(errors.T, words), strict=True):
+            into += _product(of_words, hidden[part])
+    return loss
 
 
-def fuse_loss(model: Any) -> str:
-    """Let a causal language model give its summed loss in the place of logits, if that changes nothing else.
-
-    It does so where it is called with `labels` (texts, length), which are aligned: a position's label is the token
-    that it is to predict, or `IGNORED`. Its output's `logits` are then the loss, (1,), in fp32. Without labels it
-    computes as before.
-
-    Args:
-        model: of transformers, in fp32 on the CPU, not yet laid over the ranks.
-
-    Returns:
-        Why the model stays as it was; empty where it now does so.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return f"its output layer is a {type(head).__name__}"
-    fused = _Head(model, head)
-    try:
-        whole, without = _probe(model, fused)
-        difference = abs(without - whole) / abs(whole)
-        why = f"its loss would differ by {difference:.1e}" if not difference <= TOLERANCE else ""
-    except Exception as error:  # what a model raises that wants to do something to its logits is its own affair
-        why = f"it does not do without logits: {error}"
-    if why:
-        fused.leave()
-    return why
+def _product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """In fp32 where that costs nothing: a GPU adds up in it."""
+    if first.dtype != torch.float32 and first.is_cuda:
+        return torch.mm(first, second, out_dtype=torch.float32)
+    if first.dtype == torch.float16:  # whose sums may overflow, before what comes from above could make them smaller
+        return first.float() @ second.float()
+    return first @ second
 
 
-class _Head:
-    """The hooks on a model and its output layer."""
+def _times(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In another dtype, without a second copy in fp32."""
+    if dtype == gradient.dtype:
+        return gradient * factor
+    result = torch.empty_like(gradient, dtype=dtype)
+    for part, into in zip(torch.split(gradient.view(-1), PART), torch.split(result.view(-1), PART), strict=True):
+        into.copy_(part * factor)
+    return result
 
-    def __init__(self, model: nn.Module, head: nn.Linear) -> None:
-        self._labels: torch.Tensor | None = None
+
+class _Head(nn.Linear):
+    """An output embedding that is given labels, or not."""
+
+    fused: _Fused
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits (texts, length, vocabulary) of hidden states (texts, length, width); or the summed loss, (1,)."""
+        labels = self.fused.labels
+        if labels is None:
+            return super().forward(input)
+        if labels.shape != input.shape[:-1]:
+            shapes = f"labels {tuple(labels.shape)} and hidden states {tuple(input.shape)}"
+            raise ModelError(f"{shapes} are not of the same tokens", "Give a label to each token, -100 to ignore it.")
+        loss = linear_cross_entropy(input.flatten(0, -2), self.weight, labels.flatten(), self.bias)
+        return loss.view(1)
+
+
+class _Fused:
+    """The hooks on a model and its head; holds the labels of a forward until its end."""
+
+    def __init__(self, model: Any, head: Any) -> None:
+        self.labels: torch.Tensor | None = None
+        self._caches = "use_cache" in inspect.signature(model.forward).parameters
         self._head = head
-        self._hooks: list[Any] = [
-            model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
-            model.register_forward_hook(self._forget, always_call=True),
+        self._hooks = [
+            model.register_forward_pre_hook(self._take, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
         ]
-        # Its parameters are looked up in each forward: others may have taken their place until then.
-        head.forward = functools.partial(self._forward, head.forward)  # type: ignore[method-assign]
+        head.__class__, head.fused = _Head, self
 
     def leave(self) -> None:
         """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
-        del self._head.forward
+        self._head.__class__ = nn.Linear
+        del self._head.fused
 
-    def _take_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._labels = kwargs.get("labels")
-        return args, {name: value for name, value in kwargs.items() if name != "labels"}
+    def _take(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a forward: its labels are the head's, not the model's, which would compute a loss of logits."""
+        self.labels = kwargs.get("labels")
+        if self.labels is None:
+            return None
+        kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
+        return args, kwargs | ({"use_cache": False} if self._caches else {})
 
-    def _forget(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._labels = None
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a forward, also one that failed: the next may have no labels."""
+        given, self.labels = self.labels is not None, None
+        if given and output is not None and _logits(output).shape != (1,):
+            raise ModelError(
+                "the model has got another output embedding since its loss was fused",
+                "Lay adapters over the model first, then fuse.",
+            )
 
-    def _forward(self, plain: Any, hidden: torch.Tensor) -> torch.Tensor:
-        if self._labels is None:
-            return plain(hidden)  # type: ignore[no-any-return]
-        head, labels = self._head, self._labels.flatten()
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels, head.bias)[None]
+
+def _logits(output: Any) -> torch.Tensor:
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output.logits
+    return found
 
 
 @torch.no_grad()
-def _probe(model: Any, fused: _Head) -> tuple[float, float]:
-    """The loss of two short texts from whole logits, and without them."""
+def _probe(model: Any, loss: Any) -> float:
+    """The loss of the tokens of three short texts."""
     training = model.training
     model.eval()
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(16).view(2, 8) * 7919 % vocabulary
-    labels = ids.roll(-1, 1)
-    labels[1, 5:] = IGNORED
-    logits = model(input_ids=ids).logits
-    whole = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    without = model(input_ids=ids, labels=labels).logits
-    model.train(training)
-    return float(whole), float(without)
+    device = model.get_output_embeddings().weight.device
+    inputs = {name: value.to(device) for name, value in short_texts(model.config).items()}
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
+    try:
+        return float(loss(model, inputs, labels))
+    finally:
+        model.train(training)
+
+
+def _plain(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    logits = _logits(model(**inputs)).float()
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED)
+
+
+def _fused(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    return _logits(model(**inputs, labels=labels))

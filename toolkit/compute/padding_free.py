@@ -189,7 +189,7 @@ def _probe(model: Any) -> torch.Tensor:
     """The first output on three short texts, where there are tokens, or on two images."""
     training = model.training
     model.eval()
-    inputs = _images(model.config) if model.main_input_name == "pixel_values" else _short_texts(model.config)
+    inputs = _images(model.config) if model.main_input_name == "pixel_values" else short_texts(model.config)
     output: torch.Tensor = model(**inputs)[0]
     model.train(training)
     mask = inputs.get("attention_mask")
@@ -202,7 +202,8 @@ def _images(config: Any) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.linspace(-1, 1, 2 * config.num_channels * size[0] * size[1]).view(shape)}
 
 
-def _short_texts(config: Any) -> dict[str, torch.Tensor]:
+def short_texts(config: Any) -> dict[str, torch.Tensor]:
+    """The inputs of a model of this configuration: three texts of 2, 9 and 5 tokens, padded."""
     lengths = torch.tensor([2, 9, 5])
     mask = torch.arange(9) < lengths[:, None]
     vocabulary = config.get_text_config().vocab_size

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from toolkit.adapters import FILE, load_adapted
 from toolkit.compute import remove_padding
 from toolkit.data.tokenize import encode
 from toolkit.errors import ConfigError, DataError, ModelError, NumericsError
@@ -129,14 +130,20 @@ def _load(folder: Path) -> tuple[Any, Any]:
     try:
         refuse_strays(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-        )
+        if (folder / FILE).is_file():  # an adapter, whose base comes from where the run had it from
+            model, missing = load_adapted(folder).get_base_model(), []
+        else:
+            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+            )
+            missing = sorted(report["missing_keys"])
+    except ModelError:
+        raise
     except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
         raise ModelError(
             f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
         ) from error
-    if missing := sorted(report["missing_keys"]):
+    if missing:
         raise ModelError(
             f"the model in {folder} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …)",
             "Copy it again, or train again.",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from toolkit.adapters import FILE, load_adapted
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.predict.saved import SavedModel, first_line
@@ -48,9 +49,14 @@ class Writer:
         try:
             refuse_strays(saved.folder)
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(saved.folder, **options)
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                saved.folder, dtype=torch.float32, use_safetensors=True, **options
-            )
+            if (saved.folder / FILE).is_file():  # an adapter, whose base comes from where the run had it from
+                self._model = load_adapted(saved.folder).get_base_model()
+            else:
+                self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                    saved.folder, dtype=torch.float32, use_safetensors=True, **options
+                )
+        except ModelError:
+            raise
         except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
             raise ModelError(
                 f"the model in {saved.folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."

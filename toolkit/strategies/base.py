@@ -19,6 +19,7 @@ from torch import nn
 from toolkit.config import StrategyConfig
 from toolkit.data.loader import BatchShape
 from toolkit.errors import ConfigError
+from toolkit.optim import set_learning_rate
 from toolkit.precision import LossScaler, Precision, Reduced
 from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, whole
 from toolkit.world import World
@@ -68,6 +69,8 @@ class Strategy(ABC):
 
     model: nn.Module
     """What `forward` calls: the wrapped model."""
+    left_out: frozenset[str] = frozenset()
+    """Names of frozen weights that no checkpoint holds: those who go on bring them along."""
 
     def __init__(
         self,
@@ -160,6 +163,10 @@ class Strategy(ABC):
         alone: where a checkpoint has none, it begins at zero.
         """
 
+    def saved(self) -> dict[str, FlatShard]:
+        """The shards that a checkpoint holds."""
+        return {name: shard for name, shard in self.shards().items() if name.partition("/")[2] not in self.left_out}
+
     @abstractmethod
     def loaded(self) -> None:
         """The shards have been filled: bring what the engine derives from them up to date. Collective."""
@@ -240,8 +247,7 @@ class TorchStrategy(Strategy):
             clip = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
             if clip / scale != 1.0:
                 torch._foreach_mul_(gradients, clip / scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
             self._weights_changed()
         self.optimizer.zero_grad(set_to_none=True)
@@ -299,6 +305,7 @@ class TorchStrategy(Strategy):
             "betas": list(group["betas"]),
             "eps": group["eps"],
             "weight_decay": [group["weight_decay"] for group in self.optimizer.param_groups],
+            "lr_multiples": [group["multiple"] for group in self.optimizer.param_groups],
             "max_grad_norm": self.max_grad_norm,
         }
 

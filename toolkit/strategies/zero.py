@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from toolkit.errors import ConfigError
+from toolkit.optim import set_learning_rate
 from toolkit.strategies.base import BuildOptimizer, Layout, Strategy, Update, persistent_buffers
 from toolkit.strategies.deepspeed_config import engine_config, import_deepspeed, quiet
 from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, whole
@@ -98,8 +99,7 @@ class Zero(Strategy):
 
     def update(self, learning_rate: float) -> Update:
         """DeepSpeed unscales, clips by the global norm, steps and clears."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         scale = float(self.optimizer.loss_scale) if self.precision.name == "fp16" else None
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
@@ -108,11 +108,13 @@ class Zero(Strategy):
         return Update(norm if norm >= 0 else math.nan, applied, scale)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """fp32 masters, gathered parameter by parameter; frozen parameters and buffers as they are."""
+        """fp32 masters, gathered parameter by parameter; frozen parameters as they came, buffers as they are."""
         deepspeed = import_deepspeed(self.world.device)
         state = {}
         for name, parameter in self.module.named_parameters():
-            full = deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            full = self._frozen.get(name)  # DeepSpeed's own is rounded
+            if full is None:
+                full = deepspeed.utils.safe_get_full_fp32_param(parameter)
             if full is None:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                     full = parameter.detach().clone()
@@ -188,6 +190,7 @@ class Zero(Strategy):
             "betas": list(group["betas"]),
             "eps": group["eps"],
             "weight_decay": [group["weight_decay"] for group in self.optimizer.param_groups],
+            "lr_multiples": [group["multiple"] for group in self.optimizer.param_groups],
             "max_grad_norm": engine.gradient_clipping() or None,
             "share_of_this_rank": partitions / trainable,
             "partitioned_parameters": sum(hasattr(p, "ds_shape") for p in parameters),
