@@ -446,3 +446,14 @@ def test_ranks(strategy: str, model: str) -> None:
     assert set(right) <= set(weights) | {"lm_head.weight"}
     for name, found in weights.items():
         assert np.linalg.norm(found - right[name]) < 1e-5 * np.linalg.norm(right[name]), name
+
+
+def test_under_autocast_the_types_are_those_of_the_weight() -> None:
+    hidden, weight, bias = tensors()
+    expected = linear_cross_entropy(hidden, weight, labels(), bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(hidden, weight, labels(), bias)
+    assert torch.equal(found, expected)
+    found.backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32

@@ -121,7 +121,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
-        factor = 1 / ctx.scale * torch.ones(())
+        factor = upstream / ctx.scale
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (
             *(None if gradient is None else _times(gradient, factor, dtype) for gradient, dtype in gradients),
