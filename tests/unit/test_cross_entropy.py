@@ -287,6 +287,13 @@ def test_models_that_change_logits_are_left_as_they_are(family: str, options: di
     assert torch.equal(results[0].loss, results[1].loss)
 
 
+def test_a_model_whose_loss_is_not_finite_is_left_as_it_is() -> None:
+    model = language_model("llama")
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    assert "differ by nan" in fuse_loss(model)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
 def test_models_without_a_head_for_words() -> None:
     classifier = transformers.BertForSequenceClassification(BertConfig(**SIZES))
     assert fuse_loss(classifier) == "it has no output embedding"

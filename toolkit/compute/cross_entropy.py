@@ -81,7 +81,7 @@ def fuse_loss(model: Any) -> str:
         plain = _probe(model, _plain)
         fused = _Fused(model.get_base_model() if hasattr(model, "get_base_model") else model, head)
         difference = abs(_probe(model, _fused) / plain - 1)
-        why = f"its loss would differ by {difference:.1e}: it changes logits" if difference > TOLERANCE else ""
+        why = "" if difference <= TOLERANCE else f"its loss would differ by {difference:.1e}: it changes logits"
     except Exception as error:  # what a model raises that wants other inputs, or other logits, is its own affair
         why = f"it does not take a loss for logits: {error}"
     if why and fused:
@@ -202,7 +202,7 @@ class _Head(nn.Linear):
             shapes = f"labels {tuple(labels.shape)} and hidden states {tuple(input.shape)}"
             raise ModelError(f"{shapes} are not of the same tokens", "Give a label to each token, -100 to ignore it.")
         loss = linear_cross_entropy(input.flatten(0, -2), self.weight, labels.flatten(), self.bias)
-        return loss.view(1)
+        return torch.stack([loss])  # FSDP warns of views, whose hooks an operation in place would drop
 
 
 class _Fused:
