@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -345,7 +346,6 @@ def test_gradient_checkpointing() -> None:
 
 
 def test_adapters() -> None:
-    peft = pytest.importorskip("peft")
     models = []
     for number in range(3):  # as it is; fused first; adapted first
         model = language_model("llama, tied")
@@ -364,7 +364,6 @@ def test_adapters() -> None:
 
 
 def test_an_adapter_on_the_head() -> None:
-    peft = pytest.importorskip("peft")
     adapter = peft.LoraConfig(target_modules=["lm_head"])
     assert "its output embedding is a" in fuse_loss(peft.get_peft_model(language_model("llama"), adapter))
     model = language_model("llama")
