@@ -195,3 +195,8 @@ def _number(env: Environment, name: str) -> int:
 def _is_true(env: Environment, name: str) -> bool:
     # What accelerate takes for true.
     return env.get(name, "false").lower() in ("1", "true", "t", "yes", "y", "on")
+
+
+def cores_of_this_process() -> int:
+    """Cores that the operating system lets it use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

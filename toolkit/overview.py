@@ -6,10 +6,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from toolkit.config import RecipeConfig, plain
+from toolkit.environment import cores_of_this_process
 from toolkit.optim import Schedule
 from toolkit.report import build_manifest
 from toolkit.strategies import Strategy
+from toolkit.world import World
 
 
 def overview(
@@ -24,6 +28,7 @@ def overview(
             "ranks": f"{world.size} on {world.device.type}",
             "precision": f"{precision.name} ({precision.reason})",
         }
+        | _threads(world)
         | _slow_links(effective),
         "training": {
             "steps": f"{schedule.total_steps:,} ({schedule.total_steps / steps_per_epoch:.2f} epochs)",
@@ -36,6 +41,15 @@ def overview(
             "seed": str(config.run.seed),
         },
     }
+
+
+def _threads(world: World) -> dict[str, str]:
+    """Where cores lie idle: a bare `accelerate launch` gives each process one thread, and says nothing of it."""
+    threads, cores = torch.get_num_threads(), cores_of_this_process()
+    if world.device.type != "cpu" or threads * world.local_size >= cores:
+        return {}
+    all_of_them = f"--num_cpu_threads_per_process {cores // world.local_size}"
+    return {"threads": f"{threads * world.local_size} on {cores} cores; accelerate launch {all_of_them} uses all"}
 
 
 def _ratio(config: RecipeConfig) -> str:

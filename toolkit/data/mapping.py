@@ -13,7 +13,7 @@ import datasets
 import huggingface_hub.utils
 from datasets import Dataset, Features
 
-from toolkit.environment import is_main_rank
+from toolkit.environment import cores_of_this_process, is_main_rank
 
 _BARS: tuple[Any, ...] = (datasets, huggingface_hub.utils)
 
@@ -27,8 +27,7 @@ def process_count(rows: int, wish: int | None) -> int:
     """How many processes to use: `wish`, or one for each core, at most 8 and no more than the rows are worth."""
     if wish is not None:
         return max(1, min(wish, rows))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, 8, rows // ROWS_FOR_A_PROCESS))
+    return max(1, min(cores_of_this_process(), 8, rows // ROWS_FOR_A_PROCESS))
 
 
 @contextmanager
