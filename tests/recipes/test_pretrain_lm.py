@@ -44,7 +44,7 @@ def job(corpus: Path) -> list[str]:
         *("--data.name", str(corpus), "--data.max_length", "64", "--tokenizer.vocabulary", "400"),
         *("--train.global_batch", "8", "--train.steps", str(STEPS), "--train.micro_batch", "4"),
         *("--optim.schedule", "constant", "--optim.final_share", "None", "--optim.warmup_steps", "2"),
-        *("--optim.lr", "1e-2", "--generate.tokens", "6", "--generate.prompts", "The bank", "市场"),
+        *("--optim.lr", "4e-3", "--generate.tokens", "6", "--generate.prompts", "The bank", "市场"),
         *("--precision", "fp32", "--run.eval_every", "6", "--run.dir", "run"),
     ]
 

@@ -280,6 +280,14 @@ def test_no_pip(cache: Path, tmp_path: Path) -> None:
     assert "-m ensurepip" in done.stderr
 
 
+def test_what_builds_with_setuptools_goes_on_after_a_download(cache: Path) -> None:
+    """torch.compile imports setuptools, whose hooks must not have been told that pip is building something."""
+    code = "from toolkit.samples import fetch; fetch('bbc-news', quiet=True); import setuptools"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (cache / "samples" / BBC.folder).is_dir()
+
+
 def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "file" / "cache"))

