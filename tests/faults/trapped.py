@@ -100,7 +100,7 @@ class Trapped(Classification):
     poison: Poison
     rank: int
     place = "baseline"
-    step: Step
+    step: Step | None = None
     micro_batches = 0
     batches = 0
 
@@ -118,10 +118,12 @@ class Trapped(Classification):
         return super().collate(rows, empty)
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        loss = super().loss(outputs, batch)
+        if self.step is None:  # a look at the gradients before the first one
+            return loss
         self.micro_batches += 1
         if self.micro_batches == len(self.step.micro_batches):
             self.trap.pass_by("step", self.step.number, self.rank)
-        loss = super().loss(outputs, batch)
         if self.step.number >= self.poison.from_step:
             loss = loss * math.prod(self.poison.factors.get(sample, 1.0) for sample in batch.ids)
         return loss
