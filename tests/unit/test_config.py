@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from toolkit import config as sections
 from toolkit.config import (
     AdapterConfig,
     CheckpointConfig,
@@ -30,6 +29,7 @@ from toolkit.config import (
     from_yaml,
     parse,
     plain,
+    sections,
     to_yaml,
 )
 from toolkit.errors import ConfigError

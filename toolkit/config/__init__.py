@@ -1,0 +1,46 @@
+"""Settings: frozen dataclasses, filled from a YAML file and then from the command line.
+
+`parse(Config)` is the only entrance. The order of precedence is: default of the dataclass, then the file
+named by `--config`, then the command line. An unknown key, a wrong type or a value out of range is a
+`ConfigError` that names the key, in whichever of the two it stands.
+"""
+
+from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
+from toolkit.config.sections import (
+    AdapterConfig,
+    CheckpointConfig,
+    CorpusConfig,
+    DecoderConfig,
+    GenerateConfig,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    RecipeConfig,
+    RunConfig,
+    StrategyConfig,
+    TextDataConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "CheckpointConfig",
+    "CorpusConfig",
+    "DecoderConfig",
+    "GenerateConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Precision",
+    "RecipeConfig",
+    "RunConfig",
+    "StrategyConfig",
+    "TextDataConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "from_yaml",
+    "parse",
+    "plain",
+    "to_yaml",
+    "validate",
+]
