@@ -8,6 +8,7 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
 from toolkit.config.sections import (
     AdapterConfig,
+    ChatConfig,
     CheckpointConfig,
     CorpusConfig,
     DecoderConfig,
@@ -17,6 +18,7 @@ from toolkit.config.sections import (
     Precision,
     RecipeConfig,
     RunConfig,
+    SourcesConfig,
     StrategyConfig,
     TextDataConfig,
     TokenizerConfig,
@@ -25,6 +27,7 @@ from toolkit.config.sections import (
 
 __all__ = [
     "AdapterConfig",
+    "ChatConfig",
     "CheckpointConfig",
     "CorpusConfig",
     "DecoderConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "Precision",
     "RecipeConfig",
     "RunConfig",
+    "SourcesConfig",
     "StrategyConfig",
     "TextDataConfig",
     "TokenizerConfig",

@@ -145,40 +145,68 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
-    """Plain texts: where they are, how they are split and packed into sequences."""
+class SourcesConfig:
+    """Texts or conversations: where they are, how they are mixed and split."""
 
-    name: tuple[str, ...] = ("sample:bbc-news",)
-    """One source or several: `sample:NAME`, a file, folder or glob (text, JSONL, CSV, Parquet), or a hub id."""
+    name: tuple[str, ...] = ()
+    """One source or several: `sample:NAME`, a file, folder or glob, or a hub id."""
     weights: tuple[Positive, ...] = ()
     """Share of the training tokens that each source gives. One that is too small for its share is repeated within the
     epoch. By default all are taken as they are."""
-    text: str = "text"
-    """Column that holds the text."""
-    texts_in: Literal["file", "paragraph", "line"] = "file"
-    """What one text of a .txt file is: all of it, a paragraph between blank lines, or a line."""
     validation: tuple[str, ...] = ()
-    """Sources of the validation split. Without it a share of the texts is held out."""
+    """Sources of the validation split. Without it a share of the data is held out."""
     test: tuple[str, ...] = ()
-    """Sources of the test split. Without it a share of the texts is held out."""
+    """Sources of the test split. Without it a share of the data is held out."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.03
-    """Share of the texts held out for validation where no validation split is given."""
+    """Share held out for validation where no validation split is given."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.03
-    """Share of the texts held out for the test where no test split is given."""
+    """Share held out for the test where no test split is given."""
     train_texts: Count | None = None
-    """Use at most so many training texts."""
+    """Use at most so many texts (or conversations) for training."""
     split_seed: Natural = 0
     """Seed of the splits, apart from the run's seed, so that runs with other seeds are tested alike."""
     deduplicate: bool = True
-    """Drop texts that stand in an earlier row."""
-    max_length: Annotated[int, Field(ge=8, strict=True)] = 512
-    """Tokens of a sequence: texts are packed into it, and one that is longer goes on in another."""
+    """Drop what stands in an earlier row."""
     workers: Natural = 0
     """Processes that collate batches beside the training process; 0 collates in it."""
     tokenize_processes: Count | None = None
     """Processes that cut texts into tokens; by default one for each core, at most 8. Small data uses fewer."""
     max_bad_rows: Natural = 100
-    """Training sequences that may turn out unfit (damaged) and are left out, before the run stops."""
+    """Rows that may turn out unfit (malformed, damaged) and are left out, before the run stops."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig(SourcesConfig):
+    """Plain texts: where they are, how they are mixed, split and packed into sequences."""
+
+    name: tuple[str, ...] = ("sample:bbc-news",)
+    """One source or several: `sample:NAME`, a file, folder or glob (text, JSONL, CSV, Parquet), or a hub id."""
+    text: str = "text"
+    """Column that holds the text."""
+    texts_in: Literal["file", "paragraph", "line"] = "file"
+    """What one text of a .txt file is: all of it, a paragraph between blank lines, or a line."""
+    max_length: Annotated[int, Field(ge=8, strict=True)] = 512
+    """Tokens of a sequence: texts are packed into it, and one that is longer goes on in another."""
+
+
+@dataclass(frozen=True)
+class ChatConfig(SourcesConfig):
+    """Conversations: where they are, how they are laid out, mixed and split, and what of them is learnt."""
+
+    name: tuple[str, ...] = ("sample:instructions",)
+    """One source or several: `sample:NAME`, a file, folder or glob (JSONL, JSON, Parquet), or a hub id."""
+    layout: Literal["auto", "messages", "sharegpt", "alpaca"] = "auto"
+    """How a row holds a conversation: `messages` (a list of role and content), `sharegpt` (`conversations`, a list of
+    from and value), `alpaca` (instruction, input, output). `auto` goes by the columns."""
+    template: Path | None = None
+    """File with a chat template (Jinja), in place of the tokenizer's own."""
+    learn: Literal["all", "last"] = "all"
+    """Answers of a conversation that are learnt: all, or the last alone. Nothing else is."""
+    max_length: Annotated[int, Field(ge=8, strict=True)] = 1024
+    """Tokens of the longest conversation."""
+    too_long: Literal["truncate", "drop", "split"] = "truncate"
+    """What becomes of a longer one: its end is cut off, it is left out, or its end goes on as another sample, which
+    then lacks what was said before."""
 
 
 @dataclass(frozen=True)

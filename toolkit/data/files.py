@@ -240,7 +240,7 @@ def _check_lines(file: Path, delimiter: str, text: str, label: str | None) -> in
     """The number of rows of a CSV file, each with as many fields as the header. Raises DataError otherwise."""
     rows, begin = 0, 1
     try:
-        with _fields_of_any_length(), _open(file) as raw:
+        with _fields_of_any_length(), open_file(file) as raw:
             stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = next(reader, [])
@@ -308,7 +308,7 @@ def _read_text_files(part: Part, scratch: Path) -> Labelled:
 def _texts(paths: list[str], what: TextsIn) -> Iterator[dict[str, Any]]:
     for number, path in enumerate(paths):
         try:
-            with _open(Path(path)) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as lines:
+            with open_file(Path(path)) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as lines:
                 for text in [lines.read()] if what == "file" else _cut(lines, what):
                     yield {"text": text, "file": number}
         except (UnicodeDecodeError, EOFError, OSError) as error:
@@ -324,17 +324,18 @@ def _cut(lines: Iterable[str], what: TextsIn) -> Iterator[str]:
             yield from group
 
 
-def _open(file: Path) -> BinaryIO:
+def open_file(file: Path) -> BinaryIO:
+    """For reading bytes, through gzip where its name says so."""
     return cast(BinaryIO, gzip.open(file)) if file.suffix.lower() == ".gz" else file.open("rb")
 
 
 def _diagnosis(file: Path, kind: str, error: Exception) -> DataError:
     """Why a file cannot be read, with the line at fault where there is one."""
     try:
-        with _open(file) as stream:
+        with open_file(file) as stream:
             fault = None if kind == "parquet" else _line_that_is_not_utf8(file, stream)
         if fault is None and kind in ("json", "jsonl"):
-            with _open(file) as stream:
+            with open_file(file) as stream:
                 fault = _line_that_is_not_json(file, stream)
     except (EOFError, OSError) as broken:
         if file.suffix.lower() == ".gz":

@@ -79,6 +79,19 @@ def read_hub(hub: HubData, text: str, label: str | None) -> Iterator[tuple[Role,
     Raises:
         DataError: it cannot be loaded, has no training split, or lacks a column.
     """
+    for role, rows in hub_splits(hub).items():
+        with quiet(bars=False):
+            found = labelled(rows, text, label, f"{hub.name} ({role})")
+        if role == "train" or label is None or found.labels.null_count < len(found.labels):
+            yield role, found
+
+
+def hub_splits(hub: HubData) -> dict[Role, Dataset]:
+    """The splits of a hub data set as they are, by their role; `train` is among them.
+
+    Raises:
+        DataError: it cannot be loaded, or has no training split.
+    """
     with quiet(bars=True):
         splits = _load(hub)
     chosen = {ROLE_OF_WORD[split]: rows for split, rows in splits.items() if split in ROLE_OF_WORD}
@@ -89,11 +102,7 @@ def read_hub(hub: HubData, text: str, label: str | None) -> Iterator[tuple[Role,
             f"'{hub.name}' has no split 'train'; it has {', '.join(splits)}",
             "Save the splits that you want as train.parquet, validation.parquet and test.parquet in one folder.",
         )
-    for role, rows in chosen.items():
-        with quiet(bars=False):
-            found = labelled(rows, text, label, f"{hub.name} ({role})")
-        if role == "train" or label is None or found.labels.null_count < len(found.labels):
-            yield role, found
+    return chosen
 
 
 def _load(hub: HubData) -> dict[str, Dataset]:

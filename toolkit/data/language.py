@@ -3,58 +3,29 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa  # type: ignore[import-untyped]
-from datasets import Dataset, Features, Value, load_from_disk
+from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
 from toolkit.config import CorpusConfig
 from toolkit.data.files import ROLES, Role
 from toolkit.data.mapping import map_texts, quiet
+from toolkit.data.mixture import Mixture, check_weights, count_sources, mixed
 from toolkit.data.packing import cut, pack
 from toolkit.data.prepared import fingerprint, prepared
+from toolkit.data.stored import load_splits, save_splits
 from toolkit.data.text_corpus import TextCorpus
 from toolkit.data.tokenize import EDGES, length_histogram, tokenizer_fingerprint
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError
 
-_REVISION = 1
+_REVISION = 2
 """To be raised with every change of this package that changes its result: older caches are then not used."""
-_FACTS = "facts.json"
-
-
-class Mixture:
-    """Rows of a data set, any number of times each, with ids of their own.
-
-    Args:
-        dataset: Arrow, with a column `id`.
-        rows: numbers of its rows.
-    """
-
-    def __init__(self, dataset: Dataset, rows: npt.NDArray[np.int64]) -> None:
-        self._dataset = dataset
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def with_format(self, kind: str) -> Mixture:
-        """As of a data set; its columns are arrays anyway."""
-        return self
-
-    def __getitem__(self, key: str | Sequence[int]) -> Any:
-        """A whole column, or some rows as columns."""
-        if key == "id":
-            return np.arange(len(self))
-        if isinstance(key, str):
-            return np.asarray(self._dataset[key])[self._rows]
-        return self._dataset[self._rows[key].tolist()] | {"id": list(key)}
 
 
 @dataclass(frozen=True)
@@ -86,62 +57,23 @@ def language(config: CorpusConfig, corpus: TextCorpus, tokenizer: Any) -> Langua
         ConfigError: weights that are not one for each source, or a tokenizer without an end token.
         DataError: a source has no tokens.
     """
-    if config.weights and len(config.weights) != len(config.name):
-        raise ConfigError(
-            f"--data.weights has {len(config.weights)} numbers for the {len(config.name)} sources of --data.name",
-            "Give one for each, or none.",
-        )
-    if len(config.weights) == 1:
-        raise ConfigError("--data.weights has no effect on one source", "Leave it out.")
+    check_weights(config)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             "the tokenizer has no end token, so that the model could not learn where a text ends",
             "Name an `eos_token` in its tokenizer_config.json, or take another with --tokenizer.name.",
         )
     name = fingerprint("sequences", _REVISION, corpus.fingerprint, tokenizer_fingerprint(tokenizer), config.max_length)
-    splits, facts = prepared(name, _load, functools.partial(_prepare, config, corpus, tokenizer))
-    facts = corpus.facts | facts | {"passes": [1.0] * len(config.name)}
-    train: Dataset | Mixture = splits["train"]
-    if config.weights:
-        rows, facts["passes"] = _mix(facts["sequences_of_source"], config.weights, config.split_seed)
-        train = Mixture(splits["train"], rows)
-        name = fingerprint(name, config.weights)
-    return LanguageData(train, splits["validation"], splits["test"], facts, name)
-
-
-def _mix(counts: Sequence[int], weights: Sequence[float], seed: int) -> tuple[npt.NDArray[np.int64], list[float]]:
-    """The sequences of an epoch, and how often each source is gone through in it.
-
-    The source that has most for its weight is seen once, the others as often as their weights ask for: in whole
-    passes, and one over a random part.
-    """
-    shares = np.array(weights) / sum(weights)
-    total = max(count / share for count, share in zip(counts, shares, strict=True))
-    generator = np.random.default_rng(seed)
-    rows, start = [], 0
-    for count, share in zip(counts, shares, strict=True):
-        wanted = max(round(total * share), count)
-        whole, rest = divmod(wanted, count)
-        rows.append(start + np.tile(np.arange(count), whole))
-        rows.append(start + np.sort(generator.permutation(count)[:rest]))
-        start += count
-    return np.concatenate(rows), [round(total * share) / count for count, share in zip(counts, shares, strict=True)]
-
-
-def _load(folder: Path) -> tuple[dict[Role, Dataset], dict[str, Any]] | None:
-    try:
-        facts: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        with quiet(bars=False):
-            splits = {name: load_from_disk(str(folder / name)) for name in ROLES}
-        whole = all(len(splits[name]) == facts["sequences"][name] for name in ROLES)
-    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException):
-        return None
-    return (splits, facts) if whole else None
+    splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, corpus, tokenizer))
+    train, passes = mixed(splits["train"], facts["sequences_of_source"], config)
+    facts = corpus.facts | facts | {"passes": passes}
+    return LanguageData(train, splits["validation"], splits["test"], facts, fingerprint(name, config.weights))
 
 
 def _prepare(config: CorpusConfig, corpus: TextCorpus, tokenizer: Any, result: Path, scratch: Path) -> None:
     """Write the splits and their facts to `result`."""
     facts: dict[str, Any] = {"token_lengths": {"edges": EDGES}}
+    splits: dict[Role, Dataset] = {}
     for name in ROLES:
         found = _tokens(config, corpus.splits[name], tokenizer, name, scratch)
         sequences = _pack(found, config.max_length, name, scratch)
@@ -152,14 +84,9 @@ def _prepare(config: CorpusConfig, corpus: TextCorpus, tokenizer: Any, result: P
         facts.setdefault("filled", {})[name] = float(np.mean(sequences["length"]) / config.max_length)
         facts["token_lengths"][name] = length_histogram(found.lengths)
         if name == "train":
-            of_source = np.bincount(sequences["source"], minlength=len(config.name))
-            facts["sequences_of_source"] = of_source.tolist()
-            if not of_source.all():
-                missing = config.name[int(np.argmin(of_source))]
-                raise DataError(f"--data.name {missing} has no training texts left", "Leave it out, or mend it.")
-        with quiet(bars=False):
-            sequences.remove_columns("source").save_to_disk(str(result / name))
-    (result / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            facts["sequences_of_source"] = count_sources(sequences["source"], config.name)
+        splits[name] = sequences.remove_columns("source")
+    save_splits(result, splits, facts)
 
 
 @dataclass(frozen=True)
