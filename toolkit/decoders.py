@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from toolkit.config import DecoderConfig
+from toolkit.config import DecoderConfig, ModelConfig
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.models import Origin, first_line, freeze, set_dropout, source_of, unreadable
@@ -19,11 +19,11 @@ _SIZES = ("architecture", "layers", "hidden_size", "heads", "kv_heads", "mlp_siz
 """What a new decoder reads, and one that is there has."""
 
 
-def load_decoder(config: DecoderConfig, tokenizer: Any, max_length: int, *, seed: int) -> nn.Module:
-    """A causal language model in fp32 on the CPU: new and drawn from `seed`, or with the weights of `config.name`.
+def load_decoder(config: DecoderConfig | ModelConfig, tokenizer: Any, max_length: int, *, seed: int) -> nn.Module:
+    """A causal language model in fp32 on the CPU: with the weights of `config.name`, or drawn from `seed`.
 
     Args:
-        config: which, or how large.
+        config: which, or how large a new one.
         tokenizer: its vocabulary must fit into the embedding; a new one is made for it.
         max_length: tokens of the longest text that a new one is made for.
         seed: of new weights, so that all ranks hold the same.
@@ -35,7 +35,7 @@ def load_decoder(config: DecoderConfig, tokenizer: Any, max_length: int, *, seed
     torch.manual_seed(seed)
     build: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    if config.name is None:
+    if isinstance(config, DecoderConfig) and config.name is None:
         origin = Origin("", None, "random", ())
         network = _new_decoder(config, tokenizer, vocabulary, max_length)
         try:
@@ -43,13 +43,13 @@ def load_decoder(config: DecoderConfig, tokenizer: Any, max_length: int, *, seed
         except (ImportError, ValueError) as error:
             raise ModelError(f"this network cannot be built: {first_line(error)}", "Change --model.*.") from error
     else:
-        origin = Origin(config.name, config.revision, "pretrained", ())
+        origin = Origin(str(config.name), config.revision, getattr(config, "init", "pretrained"), ())
         model = _pretrained_decoder(config, build)
         rows = model.get_input_embeddings().num_embeddings
         if vocabulary > rows:
             raise ModelError(
                 f"the tokenizer has {vocabulary} tokens, and --model.name {config.name} embeddings for {rows}",
-                "Take the model's own tokenizer: leave --tokenizer.name out.",
+                "Take the model's own tokenizer.",
             )
     model.origin = origin
     freeze(model, config.freeze)
@@ -91,9 +91,9 @@ def _new_decoder(config: DecoderConfig, tokenizer: Any, vocabulary: int, max_len
     return network
 
 
-def _pretrained_decoder(config: DecoderConfig, build: Mapping[str, Any]) -> Any:
+def _pretrained_decoder(config: DecoderConfig | ModelConfig, build: Mapping[str, Any]) -> Any:
     unset = DecoderConfig()
-    for key in _SIZES:
+    for key in _SIZES if isinstance(config, DecoderConfig) else ():
         if getattr(config, key) != getattr(unset, key):
             raise ConfigError(
                 f"--model.{key} has no effect on the weights of --model.name {config.name}, whose sizes are its own",
@@ -107,6 +107,8 @@ def _pretrained_decoder(config: DecoderConfig, build: Mapping[str, Any]) -> Any:
         network.dtype = torch.float32
         if config.dropout is not None:
             set_dropout(network, config.dropout)
+        if isinstance(config, ModelConfig) and config.init == "random":
+            return AutoModelForCausalLM.from_config(network, **build)
         model, report = AutoModelForCausalLM.from_pretrained(
             source, config=network, output_loading_info=True, **options, **build
         )
@@ -116,6 +118,6 @@ def _pretrained_decoder(config: DecoderConfig, build: Mapping[str, Any]) -> Any:
         raise ModelError(
             f"the weights of --model.name {config.name} lack {len(report['missing_keys'])} tensors of a language "
             f"model: {', '.join(sorted(report['missing_keys'])[:3])}, …",
-            "Name a causal language model, or train a new one: leave --model.name out.",
+            "Name a causal language model.",
         )
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,18 +11,25 @@ import torch
 from toolkit.strategies import Strategy
 
 
+def beginning(text: str, tokenizer: Any) -> list[int]:
+    """A text to go on with, as tokens: behind the one that begins a text, or ends the one before."""
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
 @torch.no_grad()
 def continue_texts(
     strategy: Strategy,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     *,
+    ends: Collection[int],
     tokens: int,
     temperature: float,
     seed: int,
     on_token: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """What follows each prompt, up to the end of the text or `tokens` tokens. Collective; alike on every rank.
+    """What follows each prompt, up to a token that ends it or `tokens` tokens. Collective; alike on every rank.
 
     Each token is a forward over all that is there: sharded models have nowhere to keep keys and values, and all ranks
     must run the same forwards. Rank 0 chooses.
@@ -30,32 +37,33 @@ def continue_texts(
     Args:
         strategy: holds the model.
         tokenizer: of the model.
-        prompts: beginnings of texts.
+        prompts: tokens of each, at least one.
+        ends: tokens that end a text, or an answer.
         tokens: at most so many for each.
         temperature: of the distribution that is drawn from; 0 takes the likeliest token.
         seed: of what is drawn.
         on_token: called before each forward.
     """
-    end = tokenizer.eos_token_id
-    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    rows = [[begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] for prompt in prompts]
+    rows = [list(prompt) for prompt in prompts]
     starts = [len(row) for row in rows]
+    over = [False] * len(rows)
     generator = torch.Generator().manual_seed(seed)
     strategy.model.eval()
     for _ in range(tokens):
         on_token()
         lengths = torch.tensor([len(row) for row in rows])
         there = torch.arange(int(lengths.max())) < lengths[:, None]
-        padded = torch.full(there.shape, end)
+        padded = torch.full(there.shape, min(ends))
         padded[there] = torch.tensor([token for row in rows for token in row])
         inputs = {"input_ids": padded, "attention_mask": there.long()}
         logits = strategy.forward({name: value.to(strategy.world.device) for name, value in inputs.items()}).logits
         last = logits[torch.arange(len(rows)), lengths - 1].float().cpu()
         drawn = strategy.world.on_main(partial(_draw, last, temperature, generator))
-        for row, token in zip(rows, drawn, strict=True):
-            if row[-1] != end or len(row) == 1:
-                row.append(token)
-        if all(row[-1] == end and len(row) > 1 for row in rows):
+        for number, token in enumerate(drawn):
+            if not over[number]:
+                rows[number].append(token)
+                over[number] = token in ends
+        if all(over):
             break
     return [tokenizer.decode(row[start:], skip_special_tokens=True) for row, start in zip(rows, starts, strict=True)]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +27,7 @@ from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
 from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
-from toolkit.generation import continue_texts
+from toolkit.generation import beginning, continue_texts
 from toolkit.journal import Journal
 from toolkit.memory import peak_bytes
 from toolkit.models import parameter_counts
@@ -258,6 +258,7 @@ class Session:
         """The metrics before training: measured once in the life of a run, and remembered when it goes on."""
         if self._progress.baseline is None:
             self._progress.baseline = self.evaluate(loader, title)
+            self._continue_texts()
         return self._progress.baseline
 
     def steps(self, loader: Loader, validation: Loader) -> Iterator[Step]:
@@ -282,9 +283,20 @@ class Session:
         if self.config.checkpoint.keep_best and (best := self._recovery.load_best(self._progress.best_step)):
             self.console.note(f"the weights of step {best.step}, with the lowest validation loss, are in force")
 
-    def write_texts(self, config: GenerateConfig) -> None:
-        """Let the model, one of language, go on with some texts after each evaluation on the validation split."""
-        self._generate = config
+    def write_texts(
+        self,
+        config: GenerateConfig,
+        encode: Callable[[str, Any], list[int]] = beginning,
+        ends: Collection[int] = (),
+    ) -> None:
+        """Let the model, one of language, go on with some texts before training and after each evaluation.
+
+        Args:
+            config: what it is given, and how long it may go on.
+            encode: a prompt as tokens, with the tokenizer of `setup`.
+            ends: tokens that end what it writes, beside the tokenizer's own.
+        """
+        self._generate, self._encode, self._ends = config, encode, ends
 
     def train_step(self, step: Step) -> StepResult:
         """`engine.train_step` with the run's learning rate, seed and guard against bad losses."""
@@ -479,15 +491,17 @@ class Session:
         figures = {key: value for key, value in metrics.items() if isinstance(value, float)}
         progress.note_evaluation(figures)
         self._journal.evaluation(progress.step, figures)
-        if self._generate.prompts:
-            self._continue_texts()
+        self._continue_texts()
 
     def _continue_texts(self) -> None:
         config, step = self._generate, self._progress.step
+        if not config.prompts:
+            return
         texts = continue_texts(
             self.strategy,
             self._tokenizer,
-            config.prompts,
+            [self._encode(prompt, self._tokenizer) for prompt in config.prompts],
+            ends={self._tokenizer.eos_token_id, *self._ends},
             tokens=config.tokens,
             temperature=config.temperature,
             seed=self.config.run.seed,

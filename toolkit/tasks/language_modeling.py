@@ -30,7 +30,8 @@ class LanguageModeling(Task):
     """Cross-entropy of the next token within each text; perplexity and bits per byte.
 
     A sample is a sequence of packed pieces of texts. In a batch each piece is a row, so that none sees another and
-    positions begin anew, and a model that computes without padding (`remove_padding`) has them end to end again.
+    positions begin anew, and a model that computes without padding (`remove_padding`) has them end to end again. Where
+    samples have a column `trained`, only the tokens that it marks are learnt.
 
     Args:
         tokenizer: its padding token, or where it has none its end token, fills what is not looked at.
@@ -50,7 +51,7 @@ class LanguageModeling(Task):
     def collate(self, rows: Mapping[str, Sequence[Any]], empty: bool) -> TextBatch:
         """Pieces padded on the right: `input_ids` and `attention_mask` (pieces, L), labels (pieces, L).
 
-        The label of a position is the token after it; the last of a piece has none.
+        The label of a position is the token after it, where that is to be learnt; the last of a piece has none.
         """
         lengths = torch.tensor([length for pieces in rows["pieces"] for length in pieces])
         tokens = torch.from_numpy(np.concatenate([np.asarray(ids, np.int64) for ids in rows["input_ids"]]))
@@ -58,7 +59,11 @@ class LanguageModeling(Task):
         input_ids = torch.full(there.shape, self.padding).masked_scatter_(there, tokens)
         labels = torch.full(there.shape, IGNORED)
         if not empty:
-            labels[:, :-1] = input_ids[:, 1:].where(there[:, 1:], IGNORED)
+            learnt = there.clone()
+            if "trained" in rows:
+                trained = np.concatenate([np.asarray(marks, np.bool_) for marks in rows["trained"]])
+                learnt.masked_scatter_(there, torch.from_numpy(trained))
+            labels[:, :-1] = input_ids[:, 1:].where(learnt[:, 1:], IGNORED)
         inputs = {"input_ids": input_ids, "attention_mask": there.long()}
         return TextBatch(
             inputs=inputs | ({"labels": labels} if self.fused else {}),
@@ -69,10 +74,12 @@ class LanguageModeling(Task):
         )
 
     def problem(self, row: Mapping[str, Any]) -> str:
-        """No tokens, one without an embedding, or pieces that are too long or do not add up."""
+        """No tokens, one without an embedding, pieces that are too long or do not add up, or marks that do not."""
         pieces = whole_numbers(row["pieces"])
         if pieces is None or not len(pieces) or pieces.min() < 1 or pieces.sum() != len(row["input_ids"]):
             return "its pieces do not add up to its tokens"
+        if "trained" in row and len(row["trained"]) != len(row["input_ids"]):
+            return "it has marks for other tokens than it has"
         if self.positions is not None and pieces.max() > self.positions:
             return f"it has a piece of {pieces.max()} tokens, of which the model takes {self.positions}"
         return problem_of_tokens(row["input_ids"], self.vocabulary, None)
