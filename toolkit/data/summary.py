@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.config import CorpusConfig
+from toolkit.config import ChatConfig, CorpusConfig
 from toolkit.data.language import LanguageData
 from toolkit.data.text_classification import TextClassification
 
@@ -45,16 +45,11 @@ def report_facts(data: TextClassification, max_length: int) -> dict[str, Any]:
 def plan_of_texts(data: LanguageData, tokenizer: Any, config: CorpusConfig) -> dict[str, str]:
     """Lines of the plan: sources, sizes, what was dropped, how the texts lie in their sequences."""
     facts = data.facts
-    sources = [
-        name if passes == 1 else f"{name} ({passes:.2f} times an epoch)"
-        for name, passes in zip(facts["sources"], facts["passes"], strict=True)
-    ]
     return {
-        "sources": ", ".join(sources),
-        "texts": ", ".join(f"{count:,} {name}" for name, count in facts["texts"].items()),
-        "dropped": ", ".join(f"{count:,} {why}" for why, count in facts["dropped"].items() if count) or "nothing",
-        "tokens": ", ".join(f"{count:,} {name}" for name, count in facts["tokens"].items())
-        + f"; a vocabulary of {len(tokenizer):,}",
+        "sources": _sources(facts),
+        "texts": _counted(facts["texts"]),
+        "dropped": _told(facts["dropped"]),
+        "tokens": f"{_counted(facts['tokens'])}; a vocabulary of {len(tokenizer):,}",
         "sequences": f"{len(data.train):,} of {config.max_length} tokens, filled to {facts['filled']['train']:.1%}; "
         f"{facts['cut']['train']:.0%} of the texts are longer and go on in another",
     }
@@ -79,10 +74,62 @@ def report_of_texts(data: LanguageData, max_length: int) -> dict[str, Any]:
     }
 
 
+def plan_of_chats(data: LanguageData, tokenizer: Any, config: ChatConfig) -> dict[str, str]:
+    """Lines of the plan: sources, sizes, what was left out, what is learnt of the tokens, and what was cut off."""
+    facts = data.facts
+    learnt, tokens = facts["learnt"]["train"], facts["tokens"]["train"]
+    answers = "all answers" if config.learn == "all" else "the last answer of each"
+    cut = {"truncate": "lose their end", "drop": "are left out", "split": "go on in another sample"}[config.too_long]
+    endless = facts["endless"]["train"]
+    return {
+        "sources": _sources(facts),
+        "conversations": _counted(facts["sequences"]),
+        "left out": _told(facts["dropped"]),
+        "tokens": f"{_counted(facts['tokens'])}; a vocabulary of {len(tokenizer):,}",
+        "learnt": f"{learnt:,} training tokens ({learnt / tokens:.0%}): {answers}, and the token that ends it",
+        "length": f"at most {config.max_length} tokens; {facts['cut']['train']:.1%} of the conversations are longer "
+        f"and {cut}" + (f"; {endless:,} answers lack their end" if endless else ""),
+    }
+
+
+def report_of_chats(data: LanguageData, max_length: int) -> dict[str, Any]:
+    """The data's part of report.json."""
+    facts = data.facts
+    return {
+        "source": ", ".join(facts["sources"]),
+        "fingerprint": data.fingerprint,
+        "conversations": facts["sequences"],
+        "tokens": facts["tokens"],
+        "learnt": facts["learnt"],
+        "passes": facts["passes"],
+        "dropped": facts["dropped"],
+        "lengths": _lengths(facts["token_lengths"]),
+        "max_length": max_length,
+        "truncated": facts["cut"],
+        "endless": facts["endless"],
+        "warnings": facts["warnings"],
+    }
+
+
 def majority(data: TextClassification) -> float:
     """Share of the test's most frequent label: the accuracy of a constant answer."""
     counts = data.facts["samples"]["test"].values()
     return float(max(counts) / sum(counts))
+
+
+def _sources(facts: Mapping[str, Any]) -> str:
+    return ", ".join(
+        name if passes == 1 else f"{name} ({passes:.2f} times an epoch)"
+        for name, passes in zip(facts["sources"], facts["passes"], strict=True)
+    )
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def _told(dropped: Mapping[str, int]) -> str:
+    return _counted({why: count for why, count in dropped.items() if count}) or "nothing"
 
 
 def _dropped(data: TextClassification) -> dict[str, int]:

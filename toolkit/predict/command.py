@@ -46,6 +46,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="T",
         help="of what a language model draws; 0: the likeliest (default: 0.7)",
     )
+    parser.add_argument(
+        "--plain", action="store_true", help="let a chat model go on with the text, instead of answering it"
+    )
     parser.add_argument("--batch", type=_count, metavar="N", default=32, help="texts of one forward pass (default: 32)")
     parser.add_argument(
         "--max-length",
@@ -103,7 +106,8 @@ def run(arguments: Namespace) -> int:
 
 def _go_on(arguments: Namespace, saved: SavedModel, texts: Iterable[str]) -> int:
     """Let a language model write behind each text."""
-    writer = predict.Writer(saved, device=arguments.device)
+    writer = predict.Writer(saved, device=arguments.device, plain=arguments.plain)
+    found_as, between = ("answer", "\n") if writer.answers else ("continuation", "")
     tokens, temperature = arguments.tokens or 100, arguments.temperature
     windows = writer.stream(
         texts, batch=arguments.batch, tokens=tokens, temperature=0.7 if temperature is None else temperature
@@ -113,16 +117,16 @@ def _go_on(arguments: Namespace, saved: SavedModel, texts: Iterable[str]) -> int
         with output.open("w", encoding="utf-8", newline="") if output else nullcontext(sys.stdout) as out:
             table = csv.writer(out, lineterminator="\n")
             if as_table := output is not None and output.suffix.lower() == ".csv":
-                table.writerow(["text", "continuation"])
+                table.writerow(["text", found_as])
             for window in windows:
                 for found in window:
                     if as_table:
                         table.writerow([found.text, found.continuation])
                     elif output or arguments.json:
-                        line = {"text": found.text, "continuation": found.continuation}
+                        line = {"text": found.text, found_as: found.continuation}
                         print(json.dumps(line, ensure_ascii=False), file=out)
                     else:
-                        print(shown(found.text + found.continuation), end="\n\n", file=out)
+                        print(shown(found.text + between + found.continuation), end="\n\n", file=out)
                 out.flush()
     except OSError as error:
         if output is None or isinstance(error, BrokenPipeError):
@@ -135,9 +139,9 @@ def _go_on(arguments: Namespace, saved: SavedModel, texts: Iterable[str]) -> int
 
 def _check_kind(arguments: Namespace, writes: bool) -> None:
     """Refuse options of the other kind of model."""
-    others = ("top", "max_length") if writes else ("tokens", "temperature")
+    others = ("top", "max_length") if writes else ("tokens", "temperature", "plain")
     for name in others:
-        if getattr(arguments, name) is not None:
+        if getattr(arguments, name) not in (None, False):
             kind = "a language model, which goes on with texts" if writes else "a classifier"
             raise ConfigError(f"--{name.replace('_', '-')} has no effect on {kind}", "Drop it.")
 

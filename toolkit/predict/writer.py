@@ -11,18 +11,20 @@ import torch
 import transformers
 
 from toolkit.adapters import FILE, load_adapted
+from toolkit.data import answer_end, question
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
+from toolkit.generation import beginning
 from toolkit.predict.saved import SavedModel, first_line
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a model went on with.
+    """What a model went on with, or answered.
 
     Attributes:
         text: as it was given.
-        continuation: what follows it, without special tokens.
+        continuation: what follows it, or the answer, without special tokens.
     """
 
     text: str
@@ -35,13 +37,17 @@ class Writer:
     Args:
         saved: from `find_model`.
         device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
+        plain: go on with texts, though the tokenizer has a chat template; else they are then a user's messages.
+
+    Attributes:
+        answers: whether texts are a user's messages.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or no template that `plain` could pass over.
         ModelError: the files are damaged, or hold no language model.
     """
 
-    def __init__(self, saved: SavedModel, *, device: str = "auto") -> None:
+    def __init__(self, saved: SavedModel, *, device: str = "auto", plain: bool = False) -> None:
         gpu = torch.cuda.is_available()
         if device == "cuda" and not gpu:
             raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
@@ -61,6 +67,12 @@ class Writer:
             raise ModelError(
                 f"the model in {saved.folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
             ) from error
+        chat = bool(getattr(self._tokenizer, "chat_template", None))
+        if plain and not chat:
+            raise ConfigError("--plain has no effect on a model without a chat template", "Drop it.")
+        self.answers = chat and not plain
+        self._encode = question if self.answers else beginning
+        self._ends = {self._tokenizer.eos_token_id, *([answer_end(self._tokenizer)] if self.answers else [])}
         self._model.to("cuda" if gpu and device != "cpu" else "cpu").eval()
 
     def stream(
@@ -86,8 +98,7 @@ class Writer:
     def _write(self, texts: Sequence[str], tokens: int, temperature: float) -> list[Written]:
         tokenizer = self._tokenizer
         end = tokenizer.eos_token_id
-        begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        rows = [[begin, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
+        rows = [self._encode(text, tokenizer) for text in texts]
         longest = max(map(len, rows))
         room = getattr(self._model.config, "max_position_embeddings", None) or longest + tokens
         if longest + tokens > room:
@@ -100,7 +111,12 @@ class Writer:
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         with torch.inference_mode():
             found = self._model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=end, eos_token_id=end, **drawn
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                pad_token_id=end,
+                eos_token_id=[*self._ends],
+                **drawn,
             )
         added = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
         return [Written(text, continuation) for text, continuation in zip(texts, added, strict=True)]

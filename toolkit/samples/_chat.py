@@ -11,7 +11,7 @@ from typing import Any
 
 from toolkit.samples._converters import ROWS_FILE
 
-ROWS_OF_A_SET = 50
+ROWS_OF_A_SET = 12
 LONGEST = 1000
 """Characters of a question, and of an answer."""
 SHORTEST = 8

@@ -94,7 +94,7 @@ def test_repeats_and_blanks_are_dropped_and_counted(tmp_path: Path) -> None:
     texts = [*TEXTS, *TEXTS[:7], "  ", "", " ".join(TEXTS[8].split())]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     _, corpus = corpus_of(path)
-    assert corpus.facts["dropped"] == {"blank": 2, "repeated": 8, "in a held-out split": 0}
+    assert corpus.facts["dropped"] == {"malformed": 0, "blank": 2, "repeated": 8, "in a held-out split": 0}
     assert sorted(all_texts(corpus)) == sorted(TEXTS)
     _, kept = corpus_of(path, deduplicate=False)
     train, held_out = kept.splits["train"]["text"], {*kept.splits["validation"]["text"], *kept.splits["test"]["text"]}

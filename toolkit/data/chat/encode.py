@@ -30,13 +30,19 @@ def use_template(tokenizer: Any, file: Path | None) -> None:
     """Let a tokenizer have a template, from a file or its own, and one to learn answers from.
 
     Raises:
-        ConfigError: there is none, it is malformed, or it ends no answer with a special token.
+        ConfigError: there is none, it is malformed, or it ends no answer with a special token; or the tokenizer is a
+            slow one.
     """
     if file is not None:
         try:
             tokenizer.chat_template = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--data.template {file} cannot be read: {error}", "Name a text file.") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "the tokenizer is not of the library tokenizers, so that it cannot say which token is of which text",
+            "Take a model with a tokenizer.json.",
+        )
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             "the tokenizer has no chat template, so that it is unknown how a conversation is written",

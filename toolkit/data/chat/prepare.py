@@ -18,7 +18,7 @@ from toolkit.data.chat.messages import Unfit
 from toolkit.data.chat.rows import messages_in
 from toolkit.data.files import ROLES, Role
 from toolkit.data.language import LanguageData
-from toolkit.data.mapping import map_texts
+from toolkit.data.mapping import map_texts, quiet
 from toolkit.data.mixture import check_weights, count_sources, mixed
 from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.stored import load_splits, save_splits
@@ -95,7 +95,8 @@ def _prepare(config: ChatConfig, corpus: TextCorpus, tokenizer: Any, result: Pat
         if name == "train":
             facts["sequences_of_source"] = count_sources(kept["source"], config.name)
         kept = kept.select_columns(["input_ids", "trained", "pieces", "length", "bytes"])
-        splits[name] = kept.add_column("id", np.arange(len(kept)))
+        with quiet(bars=False):
+            splits[name] = kept.add_column("id", np.arange(len(kept)))
     save_splits(result, splits, facts | _told(faults))
 
 
