@@ -21,12 +21,12 @@ from transformers import (
 
 from toolkit.adapters import add_adapter
 from toolkit.compute import fuse_loss, remove_padding
-from toolkit.config import AdapterConfig, OptimConfig, StrategyConfig
+from toolkit.config import AdapterConfig, OptimConfig, Quantization, StrategyConfig
 from toolkit.data.loader import Loader, batch_shape
 from toolkit.engine import evaluate, train_step
 from toolkit.optim import adamw, build_schedule
 from toolkit.precision import Precision
-from toolkit.strategies import choose_strategy
+from toolkit.strategies import choose_strategy, low_bit
 from toolkit.tasks import Batch, Classification, LanguageModeling
 from toolkit.world import world
 
@@ -51,6 +51,7 @@ class Job:
     max_grad_norm: float | None = 1.0
     frozen: str = ""
     adapter: AdapterConfig = AdapterConfig()
+    quantization: Quantization = "none"
     samples: int = SAMPLES
     loss_scale: float | None = None
     network: str = "bert"
@@ -184,7 +185,7 @@ def train(job: Job) -> Outcome:
     for name, parameter in model.named_parameters():
         if job.frozen and name.startswith(job.frozen):
             parameter.requires_grad_(False)
-    model = add_adapter(model, job.adapter, seed=5)
+    model = add_adapter(model, job.adapter, seed=5, low_bit=low_bit(strategy, job.quantization))
     optim = OptimConfig(lr=job.lr, schedule="cosine", warmup_steps=2)
     strategy.setup(model, lambda wrapped: adamw(wrapped, optim, job.adapter.lr_ratio or 1.0))
     del model
