@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from toolkit.config import AdapterConfig, ModelConfig, plain, validate
 from toolkit.errors import CheckpointError, ConfigError, ModelError, nearest
 from toolkit.models import load_again, origin_of
-from toolkit.quantization import LowBit, quantize
+from toolkit.quantization import PLAIN, LowBit, quantize
 
 FILE = "adapter.json"
 """What stands beside a saved adapter, and beside the configuration of its run: an `Adapter`."""
@@ -120,7 +120,7 @@ def check_quantized(name: str, quantization: str) -> None:
         raise ConfigError(f"--quantization {quantization} with --adapter.name {name}: {reason}", ADAPT_OTHERWISE)
 
 
-def add_adapter(model: Any, config: AdapterConfig, *, seed: int, low_bit: LowBit = LowBit()) -> Any:
+def add_adapter(model: Any, config: AdapterConfig, *, seed: int, low_bit: LowBit = PLAIN) -> Any:
     """`model` with an adapter in it: all else is frozen but what `config.train` names, and the head of a classifier.
 
     Args:

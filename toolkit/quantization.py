@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -46,6 +46,9 @@ class LowBit:
     def wanted(self) -> bool:
         """Whether anything is to be done."""
         return self.name != "none"
+
+
+PLAIN = LowBit()
 
 
 def quantize(model: Any, low_bit: LowBit, *, keep: Collection[str] = ()) -> list[str]:
@@ -113,8 +116,8 @@ def quantization_of(model: nn.Module) -> str:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether its weight is of low bits; without an import of bitsandbytes, which nobody may have asked for."""
-    return type(module).__module__ == __name__ or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    """Whether it is one of the layers that `quantize` makes."""
+    return type(module).__module__ == __name__
 
 
 def weight_bytes(parameter: torch.Tensor) -> int:
@@ -133,6 +136,12 @@ def checksum(parameter: torch.Tensor) -> float:
     if getattr(parameter, "quant_state", None) is not None:
         data = data.contiguous().view(torch.uint8)
     return float(data.double().sum())
+
+
+def without_low_bits(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict without what quantized layers have of their own: packed weights and their scales."""
+    layers = tuple(f"{name}." for name, module in model.named_modules() if is_quantized(module))
+    return {name: t for name, t in state.items() if not name.startswith(layers) or name.endswith(".bias")}
 
 
 def import_bitsandbytes() -> Any:
@@ -170,7 +179,8 @@ def _quantized(module: Any, low_bit: LowBit) -> nn.Module:
         layer = kinds["4bit"](inputs, outputs, compute_dtype=low_bit.compute, **packing, **plain)
         parameter = modules.Params4bit(weight, requires_grad=False, module=layer, **packing)
     layer.weight, layer.bias = parameter.to(low_bit.device), module.bias
-    return layer.train(module.training)
+    layer.train(module.training)
+    return layer  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -182,8 +192,10 @@ def _layers() -> dict[str, type[nn.Module]]:
     inputs when it is evaluated on a CPU, but not when it is trained there.
     """
     bitsandbytes = import_bitsandbytes()
+    four: Any = bitsandbytes.nn.Linear4bit
+    eight: Any = bitsandbytes.nn.Linear8bitLt
 
-    class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
+    class Linear4bit(four):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             # Parameters that were laid over ranks have lost what belongs to them; PEFT reads it there.
             bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(self)
@@ -192,7 +204,7 @@ def _layers() -> dict[str, type[nn.Module]]:
             product = bitsandbytes.matmul_4bit(narrow, self.weight, bias=bias, quant_state=self.weight.quant_state)
             return product.to(x.dtype)  # type: ignore[no-any-return]
 
-    class Linear8bitLt(bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]
+    class Linear8bitLt(eight):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if self.weight.SCB is not None:  # PEFT's DoRA leaves a copy that has lost them
                 self.init_8bit_state()
@@ -207,4 +219,3 @@ def _layers() -> dict[str, type[nn.Module]]:
 def _kind(name: str) -> str:
     """Of a parameter: the part that owns it, without the numbers of blocks and layers."""
     return name.removesuffix(".base_layer").rpartition(".")[0].rpartition(".")[2] or name
-

@@ -2,6 +2,6 @@
 
 from toolkit.strategies.base import Layout, Strategy, Update
 from toolkit.strategies.choose import STRATEGIES, choose_strategy
-from toolkit.strategies.support import low_bit
+from toolkit.strategies.support import MATRIX, choose_low_bit
 
-__all__ = ["STRATEGIES", "Layout", "Strategy", "Update", "choose_strategy", "low_bit"]
+__all__ = ["MATRIX", "STRATEGIES", "Layout", "Strategy", "Update", "choose_low_bit", "choose_strategy"]
