@@ -245,14 +245,21 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def load_adapted(folder: Path) -> Any:
+def load_adapted(folder: Path, *, quantized: bool = False) -> Any:
     """PEFT's model of a saved adapter on its base, in fp32 on the CPU, in evaluation mode.
+
+    Args:
+        folder: of the adapter.
+        quantized: put it on the base as it was trained on, where that was quantized; otherwise on the plain one.
 
     Raises:
         ModelError: the base is not there or is another one, or the adapter cannot be loaded.
         CheckpointError: the folder is damaged.
     """
     model = load_base(folder)
+    if quantized:
+        adapter = read_adapter(folder)
+        quantize(model, LowBit(adapter.quantization), keep=adapter.whole)
     peft = import_peft()
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):

@@ -22,6 +22,8 @@ from toolkit.errors import ConfigError
 
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 """`none` first."""
+PACKED = 8
+"""4-bit weights that go into the widest storage, fp32: what does not fill it stays plain, under every strategy alike."""
 OUTLIERS = 6.0
 """Where products are of 8 bits (on GPUs), inputs above this stay in 16 (Dettmers et al. 2022, section 3.2)."""
 
@@ -76,7 +78,7 @@ def quantize(model: Any, low_bit: LowBit, *, keep: Collection[str] = ()) -> list
         and module is not model.get_output_embeddings()
         and uses[id(module.weight)] == 1
         and not any(f"{name}.".startswith(f"{kept}.") for kept in keep)
-        and module.weight.numel() % (2 * low_bit.storage.itemsize) == 0
+        and module.weight.numel() % PACKED == 0
     }
     if not layers:
         raise ConfigError(

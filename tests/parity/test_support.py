@@ -27,6 +27,7 @@ SMALLEST = dict(reversed(LAYOUTS))
 """The smallest world of each strategy."""
 CELLS = [cell for cell in MATRIX if cell.tested and cell.adapter != "none" and cell.strategy != "diloco"]
 """What trains all weights is in `test_parity`, DiLoCo below."""
+UNDER_DILOCO = ("lora", "rslora", "dora", "pissa", "ia3")
 QUICK = {
     *(("nf4", "lora", strategy) for strategy in ("single", "ddp", "fsdp", "zero2", "zero3")),
     *(("int8", "lora", "ddp"), ("nf4-double", "dora", "fsdp"), ("fp4", "ia3", "zero2"), ("int8", "dora", "zero2")),
@@ -150,11 +151,7 @@ def test_bf16(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(a, marks=() if a == "lora" else pytest.mark.slow)
-        for a in ("lora", "rslora", "dora", "pissa", "ia3")
-    ],
+    "name", [pytest.param(name, marks=() if name == "lora" else pytest.mark.slow) for name in UNDER_DILOCO]
 )
 def test_diloco_trains_the_adapter_alone(name: str) -> None:
     """It does not promise the numbers of one process."""
