@@ -23,7 +23,8 @@ from toolkit.errors import ConfigError
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 """`none` first."""
 PACKED = 8
-"""4-bit weights that go into the widest storage, fp32: what does not fill it stays plain, under every strategy alike."""
+"""4-bit weights that the widest storage, fp32, holds in one number: a layer that does not fill it stays plain, under
+every strategy alike."""
 OUTLIERS = 6.0
 """Where products are of 8 bits (on GPUs), inputs above this stay in 16 (Dettmers et al. 2022, section 3.2)."""
 
@@ -204,18 +205,26 @@ def _layers() -> dict[str, type[nn.Module]]:
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
             narrow = x.to(self.compute_dtype)
             product = bitsandbytes.matmul_4bit(narrow, self.weight, bias=bias, quant_state=self.weight.quant_state)
-            return product.to(x.dtype)  # type: ignore[no-any-return]
+            return product.to(_result_type(x))  # type: ignore[no-any-return]
 
     class Linear8bitLt(eight):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if self.weight.SCB is not None:  # PEFT's DoRA leaves a copy that has lost them
                 self.init_8bit_state()
             self.state.is_training = True
+            x = x.to(_result_type(x))
             bias = None if self.bias is None else self.bias.to(x.dtype)
             product: torch.Tensor = bitsandbytes.matmul(x, self.weight, bias=bias, state=self.state)
             return product
 
     return {"4bit": Linear4bit, "int8": Linear8bitLt}
+
+
+def _result_type(x: torch.Tensor) -> torch.dtype:
+    """Of a plain linear layer: autocast (which the probe computes under) has a say in it."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def _kind(name: str) -> str:
