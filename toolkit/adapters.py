@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from toolkit.config import AdapterConfig, ModelConfig, plain, validate
 from toolkit.errors import CheckpointError, ConfigError, ModelError, nearest
 from toolkit.models import load_again, origin_of
-from toolkit.quantization import PLAIN, LowBit, quantize
+from toolkit.quantization import PLAIN, LowBit, quantize, round_weights
 
 FILE = "adapter.json"
 """What stands beside a saved adapter, and beside the configuration of its run: an `Adapter`."""
@@ -250,16 +250,16 @@ def load_adapted(folder: Path, *, quantized: bool = False) -> Any:
 
     Args:
         folder: of the adapter.
-        quantized: put it on the base as it was trained on, where that was quantized; otherwise on the plain one.
+        quantized: round the base's weights to those that it was trained on, where these were quantized.
 
     Raises:
         ModelError: the base is not there or is another one, or the adapter cannot be loaded.
         CheckpointError: the folder is damaged.
     """
     model = load_base(folder)
-    if quantized:
-        adapter = read_adapter(folder)
-        quantize(model, LowBit(adapter.quantization), keep=adapter.whole)
+    adapter = read_adapter(folder)
+    if quantized and adapter.quantization != "none":
+        round_weights(model, adapter.quantization, keep=adapter.whole)
     peft = import_peft()
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):

@@ -20,7 +20,7 @@ from toolkit.checkpoint.export import (
     quiet_libraries,
     write_files,
 )
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.folders import refuse_taken, written_aside
 from toolkit.predict.saved import find_model
 from toolkit.requirements import check_versions
@@ -42,6 +42,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of an adapter that a run has saved")
     parser.add_argument("--out", metavar="DIR", type=Path, help="new folder of the model (default: RUN/merged)")
+    parser.add_argument(
+        "--base",
+        choices=("plain", "quantized"),
+        default="plain",
+        help="where the adapter was trained on a quantized base: merge into the weights as they were loaded (default), "
+        "or as they were rounded for that",
+    )
     parser.add_argument("--dtype", choices=tuple(BOUNDS), default="fp32", help="type of the weights (default: fp32)")
 
 
@@ -58,7 +65,10 @@ def run(arguments: Namespace) -> int:
     target = arguments.out.expanduser() if arguments.out else source / "merged"
     refuse_taken(target)
     check_versions()
-    found = merge(folder, target, arguments.dtype)
+    quantized = arguments.base == "quantized"
+    if quantized and read_adapter(folder).quantization == "none":
+        raise ConfigError(f"--base quantized has no effect: the base of {folder} was not quantized", "Drop it.")
+    found = merge(folder, target, arguments.dtype, quantized=quantized)
     print(target)
     for difference in found:
         print(
@@ -84,17 +94,18 @@ class Difference:
     bound: float
 
 
-def merge(folder: Path, target: Path, dtype: str) -> list[Difference]:
+def merge(folder: Path, target: Path, dtype: str, *, quantized: bool = False) -> list[Difference]:
     """Write the model of an adapter and its base, merged in fp32; it takes the place of `target` when it is proved.
 
     Args:
         folder: of the adapter.
         target: written to by this process alone.
         dtype: of the weights that are written: `fp32`, `fp16` or `bf16`.
+        quantized: merge into the base's weights as they were rounded when the adapter was trained.
 
     Returns:
-        What was found when the model was loaded again in fp32, and compared with the adapter on its plain base; and,
-        where that was quantized in training, on the quantized one too.
+        What was found when the model was loaded again in fp32, and compared with the adapter on that base; and, where
+        it was trained on a quantized one, but is merged into the plain one, with the adapter on the former too.
 
     Raises:
         ModelError: the base is not there, or is another one than the adapter was trained on.
@@ -102,7 +113,7 @@ def merge(folder: Path, target: Path, dtype: str) -> list[Difference]:
     """
     tokenizer, quantization = load_tokenizer(folder), read_adapter(folder).quantization
     with quiet_libraries():
-        adapted = load_adapted(folder)
+        adapted = load_adapted(folder, quantized=quantized)
         apart = copy.deepcopy(adapted.get_base_model())
         merged = adapted.merge_and_unload(safe_merge=True)
         weights = {
@@ -114,11 +125,13 @@ def merge(folder: Path, target: Path, dtype: str) -> list[Difference]:
         with written_aside(target) as aside:
             write_files(merged, weights, tokenizer, aside, "5GB")
             again = load_written(aside, merged)
-            found = [Difference("its base", logit_difference(apart, again, probe), BOUNDS[dtype] * size)]
-            if quantization != "none":
+            rounded = f"its base in {quantization}"
+            base = rounded if quantized else "its base"
+            found = [Difference(base, logit_difference(apart, again, probe), BOUNDS[dtype] * size)]
+            if quantization != "none" and not quantized:
                 trained = load_adapted(folder, quantized=True).get_base_model()
                 bound = QUANTIZED_BOUNDS[quantization] * size
-                found.append(Difference(f"its base in {quantization}", logit_difference(trained, again, probe), bound))
+                found.append(Difference(rounded, logit_difference(trained, again, probe), bound))
             for difference in found:
                 _refuse_above(difference, dtype)
     return found
@@ -129,5 +142,6 @@ def _refuse_above(difference: Difference, dtype: str) -> None:
         raise CheckpointError(
             f"merged in {dtype}, the model answers otherwise: its logits differ from those of the adapter on "
             f"{difference.base} by up to {difference.largest:.3g}, and the bound is {difference.bound:.3g}",
-            "Nothing was kept of it. Merge in fp32, or use the adapter on its base.",
+            "Nothing was kept of it. Merge in fp32, or use the adapter on its base; what was trained on a quantized one "
+            "answers alike when it is merged into that (--base quantized).",
         )

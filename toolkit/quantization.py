@@ -70,25 +70,23 @@ def quantize(model: Any, low_bit: LowBit, *, keep: Collection[str] = ()) -> list
     """
     if not low_bit.wanted:
         return []
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    # Subclasses do more than their forward says, as torch's attention does with its projection's weight.
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
-        and module is not model.get_output_embeddings()
-        and uses[id(module.weight)] == 1
-        and not any(f"{name}.".startswith(f"{kept}.") for kept in keep)
-        and module.weight.numel() % PACKED == 0
-    }
-    if not layers:
-        raise ConfigError(
-            f"--quantization {low_bit.name}: this model has no linear layer to quantize",
-            "Drop it; what is trained whole, output layers and shared weights stay as they are.",
-        )
+    layers = _to_quantize(model, low_bit.name, keep)
     for name, module in layers.items():
         model.set_submodule(name, _quantized(module, low_bit))
     return list(layers)
+
+
+@torch.no_grad()
+def round_weights(model: Any, quantization: str, *, keep: Collection[str] = ()) -> None:
+    """Give the layers that `quantize` would replace the values that they would then compute with; all stays in fp32."""
+    functional = import_bitsandbytes().functional
+    for module in _to_quantize(model, quantization, keep).values():
+        weight: Any = _quantized(module, LowBit(quantization)).weight
+        if quantization == "int8":
+            values = functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+        else:
+            values = functional.dequantize_4bit(weight.data, weight.quant_state)
+        module.weight.copy_(values.T if isinstance(module, Conv1D) else values)
 
 
 def describe_quantization(model: nn.Module) -> dict[str, str]:
@@ -145,6 +143,26 @@ def without_low_bits(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dic
     """A state dict without what quantized layers have of their own: packed weights and their scales."""
     layers = tuple(f"{name}." for name, module in model.named_modules() if is_quantized(module))
     return {name: t for name, t in state.items() if not name.startswith(layers) or name.endswith(".bias")}
+
+
+def _to_quantize(model: Any, quantization: str, keep: Collection[str]) -> dict[str, Any]:
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    # Subclasses do more than their forward says, as torch's attention does with its projection's weight.
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D)
+        and module is not model.get_output_embeddings()
+        and uses[id(module.weight)] == 1
+        and not any(f"{name}.".startswith(f"{kept}.") for kept in keep)
+        and module.weight.numel() % PACKED == 0
+    }
+    if not layers:
+        raise ConfigError(
+            f"--quantization {quantization}: this model has no linear layer to quantize",
+            "Drop it; what is trained whole, output layers and shared weights stay as they are.",
+        )
+    return layers
 
 
 def import_bitsandbytes() -> Any:
