@@ -142,6 +142,6 @@ def _refuse_above(difference: Difference, dtype: str) -> None:
         raise CheckpointError(
             f"merged in {dtype}, the model answers otherwise: its logits differ from those of the adapter on "
             f"{difference.base} by up to {difference.largest:.3g}, and the bound is {difference.bound:.3g}",
-            "Nothing was kept of it. Merge in fp32, or use the adapter on its base; what was trained on a quantized one "
-            "answers alike when it is merged into that (--base quantized).",
+            "Nothing was kept of it. Merge in fp32, or use the adapter on its base; what was trained on a quantized "
+            "one answers alike when it is merged into that (--base quantized).",
         )

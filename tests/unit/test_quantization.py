@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from tests.parity.job import Recording, tiny_bert, tiny_data, tiny_llama
-from toolkit.adapters import add_adapter, adapter_of, fingerprint
+from toolkit.adapters import adapter_of, add_adapter, fingerprint
 from toolkit.config import AdapterConfig
 from toolkit.errors import ConfigError
 from toolkit.precision import Precision
@@ -98,7 +98,7 @@ def test_weights_that_two_layers_share_stay_plain() -> None:
 
 def test_no_layer_to_quantize() -> None:
     with pytest.raises(ConfigError, match="--quantization nf4: this model has no linear layer to quantize"):
-        quantize(tiny_bert(), LowBit("nf4"), keep=("bert",))
+        quantize(tiny_bert(), LowBit("nf4"), keep=("bert", "classifier"))
 
 
 def test_layers_across_become_ordinary_ones() -> None:
@@ -164,7 +164,7 @@ def test_the_probe_takes_packed_weights(name: str, storage: torch.dtype, precisi
     model = add_adapter(tiny_bert(), AdapterConfig(name="lora", rank=4), seed=5, low_bit=low_bit)
     task = Recording()
     task.seen.append([])
-    probe_gradients(model, task, task.collate([tiny_data()[i] for i in range(4)]), Precision(precision))
+    probe_gradients(model, task, task.collate([tiny_data()[i] for i in range(4)], empty=False), Precision(precision))
 
 
 @pytest.mark.parametrize("name", LOW)
