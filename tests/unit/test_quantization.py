@@ -164,7 +164,7 @@ def test_the_probe_takes_packed_weights(name: str, storage: torch.dtype, precisi
     model = add_adapter(tiny_bert(), AdapterConfig(name="lora", rank=4), seed=5, low_bit=low_bit)
     task = Recording()
     task.seen.append([])
-    probe_gradients(model, task, task.collate([tiny_data()[i] for i in range(4)], empty=False), Precision(precision))
+    probe_gradients(model, task, task.collate(tiny_data()[:4], empty=False), Precision(precision))
 
 
 @pytest.mark.parametrize("name", LOW)
