@@ -98,7 +98,7 @@ def describe_quantization(model: nn.Module) -> dict[str, str]:
     there = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
     packed = {f"{name}.weight" for name in layers}
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    plain = Counter(_kind(name) for name in frozen if name not in packed)
+    plain = dict.fromkeys(_kind(name) for name in frozen if _owner(name) not in layers)
     low, rest = (sum(weight_bytes(p) for n, p in frozen.items() if (n in packed) is inside) for inside in (True, False))
     return {
         "quantization": f"{quantization_of(model)} in {len(layers)} layers ({there})",
@@ -246,5 +246,9 @@ def _result_type(x: torch.Tensor) -> torch.dtype:
 
 
 def _kind(name: str) -> str:
-    """Of a parameter: the part that owns it, without the numbers of blocks and layers."""
-    return name.removesuffix(".base_layer").rpartition(".")[0].rpartition(".")[2] or name
+    """Of a parameter: the last part of its owner's name."""
+    return _owner(name).removesuffix(".original_module").rpartition(".")[2]  # PEFT's, of what is trained whole
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
