@@ -218,7 +218,7 @@ COMMANDS: dict[str, Command | Group] = {
         "list, verify, export, convert or remove the checkpoints of a run", "toolkit.checkpoint.commands"
     ),
     "matrix": _of_module(
-        "list which strategy, quantization and adapter go together, and why others do not", "toolkit.matrix"
+        "list which strategies, quantizations and adapters go together, and why not", "toolkit.matrix"
     ),
     "merge": _of_module("make an adapter part of its base: a whole model, proved to answer alike", "toolkit.merge"),
     "predict": _of_module(
