@@ -76,7 +76,7 @@ def main() -> None:
 def measure(side: str, name: str, tokens: int) -> Figures:
     """One step in this process."""
     model = AutoModelForCausalLM.from_pretrained(locate(name), dtype=torch.float32)
-    low_bit = LowBit() if side in ("fp32", "bf16") else LowBit(side, compute=torch.bfloat16)
+    low_bit = LowBit() if side in ("fp32", "bf16") else LowBit(side)
     adapter = AdapterConfig(name="lora", targets=("all-linear",))
     model = add_adapter(model, adapter, seed=0, low_bit=low_bit).train()
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]

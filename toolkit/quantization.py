@@ -35,13 +35,11 @@ class LowBit:
 
     Attributes:
         name: as asked for; `none` changes nothing.
-        compute: the type that weights are brought to for each product.
         storage: the type that 4-bit weights are packed into.
         device: where they are quantized, and stay.
     """
 
     name: str = "none"
-    compute: torch.dtype = torch.float32
     storage: torch.dtype = torch.uint8
     device: torch.device = torch.device("cpu")
 
@@ -197,7 +195,7 @@ def _quantized(module: Any, low_bit: LowBit) -> nn.Module:
     else:
         kind, _, double = low_bit.name.partition("-")
         packing = {"quant_type": kind, "compress_statistics": bool(double), "quant_storage": low_bit.storage}
-        layer = kinds["4bit"](inputs, outputs, compute_dtype=low_bit.compute, **packing, **plain)
+        layer = kinds["4bit"](inputs, outputs, **packing, **plain)
         parameter = modules.Params4bit(weight, requires_grad=False, module=layer, **packing)
     layer.weight, layer.bias = parameter.to(low_bit.device), module.bias
     layer.train(module.training)
@@ -206,7 +204,7 @@ def _quantized(module: Any, low_bit: LowBit) -> nn.Module:
 
 @functools.cache
 def _layers() -> dict[str, type[nn.Module]]:
-    """bitsandbytes' layers, with three things that they do to others left out.
+    """bitsandbytes' layers, which compute in the type of what comes in, with three things that they do left out.
 
     Theirs round the frozen bias to the type of the input, in place. Once evaluated on a CPU with AVX512-BF16, their
     4-bit layer packs its weights anew, and gives no gradient after that. And their 8-bit layer computes with rounded
@@ -220,10 +218,11 @@ def _layers() -> dict[str, type[nn.Module]]:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             # Parameters that were laid over ranks have lost what belongs to them; PEFT reads it there.
             bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(self)
-            bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-            narrow = x.to(self.compute_dtype)
-            product = bitsandbytes.matmul_4bit(narrow, self.weight, bias=bias, quant_state=self.weight.quant_state)
-            return product.to(_result_type(x))  # type: ignore[no-any-return]
+            x = x.to(_result_type(x))
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            state = self.weight.quant_state
+            product: torch.Tensor = bitsandbytes.matmul_4bit(x, self.weight, bias=bias, quant_state=state)
+            return product
 
     class Linear8bitLt(eight):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:

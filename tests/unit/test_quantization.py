@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.parity.job import Recording, tiny_bert, tiny_data, tiny_llama
 from toolkit.adapters import adapter_of, add_adapter, fingerprint
+from toolkit.compute import fuse_loss, remove_padding
 from toolkit.config import AdapterConfig
 from toolkit.errors import ConfigError
 from toolkit.precision import Precision
@@ -146,7 +147,7 @@ def test_an_evaluation_leaves_a_layer_as_it_was(name: str) -> None:
 def test_a_bias_keeps_its_type_and_bits(name: str) -> None:
     model = tiny_bert()
     nn.init.normal_(model.bert.encoder.layer[0].output.dense.bias)
-    quantize(model, LowBit(name, compute=torch.bfloat16))
+    quantize(model, LowBit(name))
     layer = model.bert.encoder.layer[0].output.dense
     before = layer.bias.detach().clone()
     with torch.autocast("cpu", torch.bfloat16):
@@ -160,7 +161,7 @@ def test_a_bias_keeps_its_type_and_bits(name: str) -> None:
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["int8", "nf4-double"])
 def test_the_probe_takes_packed_weights(name: str, storage: torch.dtype, precision: str) -> None:
-    low_bit = LowBit(name, Precision(precision).dtype, storage)
+    low_bit = LowBit(name, storage)
     model = add_adapter(tiny_bert(), AdapterConfig(name="lora", rank=4), seed=5, low_bit=low_bit)
     task = Recording()
     task.seen.append([])
@@ -183,6 +184,13 @@ def test_the_checksum_is_a_number_and_tells_weights_apart(name: str, storage: to
     assert all(math.isfinite(value) for values in sums for value in values)
     assert sums[0] != sums[1]
     assert sums[1] == [checksum(p) for p in other.parameters()]
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_padding_and_logits_can_still_be_left_out(name: str) -> None:
+    """The looks at that compare outputs of the network as it is laid out for bf16, too: they must not be rounded."""
+    model = add_adapter(tiny_llama(), AdapterConfig(name="lora", rank=4), seed=5, low_bit=LowBit(name, torch.bfloat16))
+    assert [fuse_loss(model), remove_padding(model)] == ["", ""]
 
 
 def test_the_plan_tells_what_the_base_takes() -> None:

@@ -113,4 +113,4 @@ def choose_low_bit(strategy: Strategy, quantization: str, adapter: str) -> LowBi
     # What FSDP2 gathers it casts to the precision of the run, and bytes must not be cast: they are packed into numbers
     # that are of that type already.
     storage = strategy.precision.dtype if strategy.name == "fsdp" else torch.uint8
-    return LowBit(quantization, strategy.precision.dtype, storage, strategy.world.device)
+    return LowBit(quantization, storage, strategy.world.device)
