@@ -30,7 +30,7 @@ CELLS = [cell for cell in MATRIX if cell.tested and cell.adapter != "none" and c
 UNDER_DILOCO = ("lora", "rslora", "dora", "pissa", "ia3")
 QUICK = {
     *(("nf4", "lora", strategy) for strategy in ("single", "ddp", "fsdp", "zero2", "zero3")),
-    *(("int8", "lora", "ddp"), ("nf4-double", "dora", "fsdp"), ("fp4", "ia3", "zero2"), ("int8", "dora", "zero2")),
+    *(("int8", "dora", "ddp"), ("nf4-double", "dora", "fsdp"), ("fp4", "ia3", "zero2")),
 }
 
 
