@@ -15,6 +15,7 @@ from toolkit.config import (
     ModelConfig,
     OptimConfig,
     Precision,
+    Quantization,
     RunConfig,
     StrategyConfig,
     TextDataConfig,
@@ -39,6 +40,8 @@ class Config:
     optim: OptimConfig = OptimConfig()
     precision: Precision = "auto"
     """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
+    quantization: Quantization = "none"
+    """Number format of the linear layers that an adapter leaves frozen: 8 or 4 bits, over bitsandbytes."""
     strategy: StrategyConfig = StrategyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
@@ -50,7 +53,7 @@ def main(config: Config) -> None:
         tokenizer = load_tokenizer(config.model)
         data = text_classification(config.data, tokenizer)
         model = load_classifier(config.model, data.labels, seed=config.run.seed)
-        model = add_adapter(model, config.adapter, seed=config.run.seed)
+        model = add_adapter(model, config.adapter, seed=config.run.seed, low_bit=session.low_bit)
         limits = input_limits(model, config.data.max_length)
         task = Classification(data.labels, tokenizer, config.train.label_smoothing, **limits)
 

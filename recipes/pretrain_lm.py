@@ -19,6 +19,7 @@ from toolkit.config import (
     GenerateConfig,
     OptimConfig,
     Precision,
+    Quantization,
     RunConfig,
     StrategyConfig,
     TokenizerConfig,
@@ -45,6 +46,8 @@ class Config:
     optim: OptimConfig = OptimConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", final_share=0.1)
     precision: Precision = "auto"
     """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
+    quantization: Quantization = "none"
+    """Number format of the linear layers that an adapter leaves frozen: 8 or 4 bits, over bitsandbytes."""
     strategy: StrategyConfig = StrategyConfig()
     generate: GenerateConfig = GenerateConfig(prompts=("The government has", "Shares in the company"))
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -58,7 +61,7 @@ def main(config: Config) -> None:
         tokenizer = decoder_tokenizer(config.model, config.tokenizer, corpus)
         data = language(config.data, corpus, tokenizer)
         model = load_decoder(config.model, tokenizer, config.data.max_length, seed=config.run.seed)
-        model = add_adapter(model, config.adapter, seed=config.run.seed)
+        model = add_adapter(model, config.adapter, seed=config.run.seed, low_bit=session.low_bit)
         whole_logits = fuse_loss(model)  # or, where that changes nothing, a loss that needs none
         task = LanguageModeling(tokenizer, fused=not whole_logits, **input_limits(model, config.data.max_length))
 

@@ -3,6 +3,7 @@
 $ accelerate launch recipes/sft.py
 $ accelerate launch recipes/sft.py --model.name meta-llama/Llama-3.2-1B-Instruct --data.name chats.jsonl
 $ accelerate launch recipes/sft.py --adapter.name none --optim.lr 2e-5
+$ accelerate launch recipes/sft.py --quantization nf4 --strategy.name fsdp
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from toolkit.config import (
     ModelConfig,
     OptimConfig,
     Precision,
+    Quantization,
     RunConfig,
     StrategyConfig,
     TrainConfig,
@@ -43,6 +45,8 @@ class Config:
     optim: OptimConfig = OptimConfig(lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0, schedule="cosine")
     precision: Precision = "auto"
     """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
+    quantization: Quantization = "none"
+    """Number format of the linear layers that an adapter leaves frozen: 8 or 4 bits, over bitsandbytes."""
     strategy: StrategyConfig = StrategyConfig()
     generate: GenerateConfig = GenerateConfig(
         prompts=("What is the capital of France?", "Is this sentence correct? She go to school every day."),
@@ -62,7 +66,7 @@ def main(config: Config) -> None:
         data = chat(config.data, corpus, tokenizer)
         model = load_decoder(config.model, tokenizer, config.data.max_length, seed=config.run.seed)
         stop_at(model, end)
-        model = add_adapter(model, config.adapter, seed=config.run.seed)
+        model = add_adapter(model, config.adapter, seed=config.run.seed, low_bit=session.low_bit)
         whole_logits = fuse_loss(model)  # or, where that changes nothing, a loss that needs none
         task = LanguageModeling(tokenizer, fused=not whole_logits, **input_limits(model, config.data.max_length))
 

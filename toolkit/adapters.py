@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from toolkit.config import AdapterConfig, ModelConfig, plain, validate
 from toolkit.errors import CheckpointError, ConfigError, ModelError, nearest
 from toolkit.models import load_again, origin_of
+from toolkit.quantization import PLAIN, LowBit, quantize, round_weights
 
 FILE = "adapter.json"
 """What stands beside a saved adapter, and beside the configuration of its run: an `Adapter`."""
@@ -43,6 +44,12 @@ READS = {
 }
 """The settings that each adapter reads."""
 RANK = 16
+NOT_QUANTIZED = {
+    "none": "low-bit weights are frozen, and there would be nothing to train",
+    "pissa": "it begins with the singular values of a weight, takes them out of it, and needs both in full precision",
+}
+"""Adapters that have no place on quantized layers, and why."""
+ADAPT_OTHERWISE = "Train an adapter that has (--adapter.name lora), or drop --quantization."
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Adapter:
         fingerprint: SHA-256 of the weights that the adapter is for: all but the modules that are trained whole.
         layers: names of those with an adapter.
         whole: names of the modules that are trained whole.
+        quantization: of the other linear layers, while the adapter was trained.
     """
 
     config: AdapterConfig
@@ -64,6 +72,7 @@ class Adapter:
     fingerprint: str
     layers: tuple[str, ...]
     whole: tuple[str, ...]
+    quantization: str = "none"
 
     def write(self, folder: Path) -> None:
         """Into a file that `read_adapter` reads."""
@@ -101,18 +110,30 @@ def check_adapter(config: AdapterConfig) -> None:
             raise ConfigError(f"--adapter.targets {word} stands beside others", f"Use {word} alone, or drop it.")
 
 
-def add_adapter(model: Any, config: AdapterConfig, *, seed: int) -> Any:
+def check_quantized(name: str, quantization: str) -> None:
+    """Refuse adapters that cannot be put on quantized layers.
+
+    Raises:
+        ConfigError: naming the reason and the remedy.
+    """
+    if quantization != "none" and (reason := NOT_QUANTIZED.get(name)):
+        raise ConfigError(f"--quantization {quantization} with --adapter.name {name}: {reason}", ADAPT_OTHERWISE)
+
+
+def add_adapter(model: Any, config: AdapterConfig, *, seed: int, low_bit: LowBit = PLAIN) -> Any:
     """`model` with an adapter in it: all else is frozen but what `config.train` names, and the head of a classifier.
 
     Args:
         model: of transformers, in fp32 on the CPU, not yet laid over the ranks; it is changed.
         config: `none` changes nothing.
         seed: from which the adapter is drawn, alike on all ranks.
+        low_bit: in how many bits what is frozen is held.
 
     Raises:
         ConfigError: a setting that cannot take effect, or names that nothing in the model has.
     """
     check_adapter(config)
+    check_quantized(config.name, low_bit.name)
     if config.name == "none":
         return model
     _refuse_in_vain(model, config)
@@ -120,7 +141,10 @@ def add_adapter(model: Any, config: AdapterConfig, *, seed: int) -> Any:
     layers = _layers(model, config, whole)
     origin = origin_of(model)
     base, revision = (origin.name, origin.revision) if origin else ("", None)
-    return _inject(model, Adapter(config, seed, base, revision, fingerprint(model, whole), tuple(layers), tuple(whole)))
+    digest = fingerprint(model, whole)  # of the plain weights, which an adapter can be put on again
+    quantize(model, low_bit, keep=whole)
+    adapter = Adapter(config, seed, base, revision, digest, tuple(layers), tuple(whole), low_bit.name)
+    return _inject(model, adapter)
 
 
 def adapter_of(model: Any) -> Adapter | None:
@@ -221,14 +245,21 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def load_adapted(folder: Path) -> Any:
+def load_adapted(folder: Path, *, quantized: bool = False) -> Any:
     """PEFT's model of a saved adapter on its base, in fp32 on the CPU, in evaluation mode.
+
+    Args:
+        folder: of the adapter.
+        quantized: round the base's weights to those that it was trained on, where these were quantized.
 
     Raises:
         ModelError: the base is not there or is another one, or the adapter cannot be loaded.
         CheckpointError: the folder is damaged.
     """
     model = load_base(folder)
+    adapter = read_adapter(folder)
+    if quantized and adapter.quantization != "none":
+        round_weights(model, adapter.quantization, keep=adapter.whole)
     peft = import_peft()
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
@@ -266,7 +297,8 @@ def _inject(model: Any, adapter: Adapter) -> Any:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-        parameter.data = parameter.data.contiguous()  # PiSSA's need not be
+        if not parameter.is_contiguous():  # PiSSA's need not be
+            parameter.data = parameter.data.contiguous()
     model.toolkit_adapter = adapter
     return model
 

@@ -217,6 +217,9 @@ COMMANDS: dict[str, Command | Group] = {
     "checkpoint": Group(
         "list, verify, export, convert or remove the checkpoints of a run", "toolkit.checkpoint.commands"
     ),
+    "matrix": _of_module(
+        "list which strategies, quantizations and adapters go together, and why not", "toolkit.matrix"
+    ),
     "merge": _of_module("make an adapter part of its base: a whole model, proved to answer alike", "toolkit.merge"),
     "predict": _of_module(
         "put texts into classes, or go on with them: with the model of a run", "toolkit.predict.command"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from toolkit.adapters import FILE, load_adapted
+from toolkit.adapters import FILE, load_adapted, read_adapter
 from toolkit.checkpoint.export import (
     answer,
     load_tokenizer,
@@ -19,7 +20,7 @@ from toolkit.checkpoint.export import (
     quiet_libraries,
     write_files,
 )
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.folders import refuse_taken, written_aside
 from toolkit.predict.saved import find_model
 from toolkit.requirements import check_versions
@@ -27,6 +28,9 @@ from toolkit.requirements import check_versions
 BOUNDS = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 """Largest difference of a logit, relative to the largest logit (or to 1): the products are added up in another order,
 and weights of 16 bits are rounded."""
+QUANTIZED_BOUNDS = {"int8": 0.1, **dict.fromkeys(("nf4", "nf4-double", "fp4", "fp4-double"), 0.5)}
+"""The same against the adapter on its quantized base, which it was trained on: the weights under it are now others. In
+8 bits they were rounded to 1/254 of the largest of a row, in 4 bits to 15 or 16 values."""
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -38,6 +42,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of an adapter that a run has saved")
     parser.add_argument("--out", metavar="DIR", type=Path, help="new folder of the model (default: RUN/merged)")
+    parser.add_argument(
+        "--base",
+        choices=("plain", "quantized"),
+        default="plain",
+        help="where the adapter was trained on a quantized base: merge into the weights as they were loaded (default), "
+        "or as they were rounded for that",
+    )
     parser.add_argument("--dtype", choices=tuple(BOUNDS), default="fp32", help="type of the weights (default: fp32)")
 
 
@@ -54,35 +65,55 @@ def run(arguments: Namespace) -> int:
     target = arguments.out.expanduser() if arguments.out else source / "merged"
     refuse_taken(target)
     check_versions()
-    difference, bound = merge(folder, target, arguments.dtype)
+    quantized = arguments.base == "quantized"
+    if quantized and read_adapter(folder).quantization == "none":
+        raise ConfigError(f"--base quantized has no effect: the base of {folder} was not quantized", "Drop it.")
+    found = merge(folder, target, arguments.dtype, quantized=quantized)
     print(target)
-    print(
-        f"loaded again, its logits differ from those of the adapter on its base by at most {difference:.3g} "
-        f"(bound {bound:.3g})",
-        file=sys.stderr,
-    )
+    for difference in found:
+        print(
+            f"loaded again, its logits differ from those of the adapter on {difference.base} by at most "
+            f"{difference.largest:.3g} (bound {difference.bound:.3g})",
+            file=sys.stderr,
+        )
     return 0
 
 
-def merge(folder: Path, target: Path, dtype: str) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Difference:
+    """How far the answers of the merged model are from those of the adapter.
+
+    Attributes:
+        base: which the adapter was on, in words.
+        largest: difference of a logit.
+        bound: on it.
+    """
+
+    base: str
+    largest: float
+    bound: float
+
+
+def merge(folder: Path, target: Path, dtype: str, *, quantized: bool = False) -> list[Difference]:
     """Write the model of an adapter and its base, merged in fp32; it takes the place of `target` when it is proved.
 
     Args:
         folder: of the adapter.
         target: written to by this process alone.
         dtype: of the weights that are written: `fp32`, `fp16` or `bf16`.
+        quantized: merge into the base's weights as they were rounded when the adapter was trained.
 
     Returns:
-        The largest difference between a logit of the adapter on its base and one of the model that was written, loaded
-        again in fp32; and the bound on it.
+        What was found when the model was loaded again in fp32, and compared with the adapter on that base; and, where
+        it was trained on a quantized one, but is merged into the plain one, with the adapter on the former too.
 
     Raises:
         ModelError: the base is not there, or is another one than the adapter was trained on.
-        CheckpointError: the difference is above the bound.
+        CheckpointError: a difference is above its bound.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer, quantization = load_tokenizer(folder), read_adapter(folder).quantization
     with quiet_libraries():
-        adapted = load_adapted(folder)
+        adapted = load_adapted(folder, quantized=quantized)
         apart = copy.deepcopy(adapted.get_base_model())
         merged = adapted.merge_and_unload(safe_merge=True)
         weights = {
@@ -90,14 +121,27 @@ def merge(folder: Path, target: Path, dtype: str) -> tuple[float, float]:
             for name, tensor in merged.state_dict().items()
         }
         probe = probe_batch(merged.config)
-        bound = BOUNDS[dtype] * max(1.0, float(answer(apart, probe).abs().max()))
+        size = max(1.0, float(answer(apart, probe).abs().max()))
         with written_aside(target) as aside:
             write_files(merged, weights, tokenizer, aside, "5GB")
-            difference = logit_difference(apart, load_written(aside, merged), probe)
-            if not difference <= bound:  # a difference that is not a number is no small one
-                raise CheckpointError(
-                    f"merged in {dtype}, the model answers otherwise: its logits differ by up to {difference:.3g}, and "
-                    f"the bound is {bound:.3g}",
-                    "Nothing was kept of it. Merge in fp32, or use the adapter on its base.",
-                )
-    return difference, bound
+            again = load_written(aside, merged)
+            rounded = f"its base in {quantization}"
+            base = rounded if quantized else "its base"
+            found = [Difference(base, logit_difference(apart, again, probe), BOUNDS[dtype] * size)]
+            if quantization != "none" and not quantized:
+                trained = load_adapted(folder, quantized=True).get_base_model()
+                bound = QUANTIZED_BOUNDS[quantization] * size
+                found.append(Difference(rounded, logit_difference(trained, again, probe), bound))
+            for difference in found:
+                _refuse_above(difference, dtype)
+    return found
+
+
+def _refuse_above(difference: Difference, dtype: str) -> None:
+    if not difference.largest <= difference.bound:  # a difference that is not a number is no small one
+        raise CheckpointError(
+            f"merged in {dtype}, the model answers otherwise: its logits differ from those of the adapter on "
+            f"{difference.base} by up to {difference.largest:.3g}, and the bound is {difference.bound:.3g}",
+            "Nothing was kept of it. Merge in fp32, or use the adapter on its base; what was trained on a quantized "
+            "one answers alike when it is merged into that (--base quantized).",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -206,7 +207,13 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Numbers of all parameters and of the trainable ones."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(map(true_size, parameters)), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def true_size(parameter: torch.Tensor) -> int:
+    """Elements of the weight that a parameter stands for: packed to 4 bits, it holds two or more in one."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def input_limits(model: Any, max_length: int) -> dict[str, int | None]:

@@ -39,11 +39,12 @@ from toolkit.precision import choose_precision
 from toolkit.probe import probe_gradients
 from toolkit.profiler import Profiler, refuse_in_vain, span
 from toolkit.progress import Progress
+from toolkit.quantization import checksum, describe_quantization
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, redact, versions
 from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun, refuse_other_data
 from toolkit.signals import StopRequest
-from toolkit.strategies import choose_strategy
+from toolkit.strategies import choose_low_bit, choose_strategy
 from toolkit.tasks import Task
 from toolkit.watchdog import Watchdog
 from toolkit.world import world
@@ -64,6 +65,7 @@ class Session:
         world: this rank among the others.
         console: the screen; silent on other ranks than the first.
         strategy: how the model lies on the ranks; to be used after `setup`.
+        low_bit: in how many bits the frozen base of an adapter is to be held.
         schedule: learning rate by optimizer step; there after `setup`.
         total_steps: optimizer steps of the run; there after `loaders`.
 
@@ -91,6 +93,7 @@ class Session:
             shape=self.shape,
             max_grad_norm=config.train.max_grad_norm,
         )
+        self.low_bit = choose_low_bit(self.strategy, config.quantization, config.adapter.name)
         Trackers(config.run.trackers, Path(), "", {}, main=False)  # refuses unknown names before anything is loaded
         self._run = find_run(recipe, config)
         self._folder: RunFolder | None = None
@@ -182,13 +185,14 @@ class Session:
         self.world.connect()
         self.world.same_on_all_ranks("the configuration", plain(self.config))
         self.world.same_on_all_ranks("the data", data_fingerprint)
-        self.world.same_on_all_ranks(
-            "the initial weights", [float(p.detach().double().sum()) for p in model.parameters()]
-        )
+        self.world.same_on_all_ranks("the initial weights", [checksum(p) for p in model.parameters()])
         total, trainable = parameter_counts(model)
+        quantized = describe_quantization(model)
         adapter = adapter_of(model)
         if adapter is None and self.config.adapter.name != "none":
             raise ConfigError(f"--adapter.name has no effect on the recipe {self.recipe}", "Drop it.")
+        if self.low_bit.wanted and not quantized:
+            raise ConfigError(f"--quantization has no effect on the recipe {self.recipe}", "Drop it.")
         padding = self._remove_padding(model)
         if self.world.device.type == "cpu":
             replace_dropout(model)
@@ -209,7 +213,8 @@ class Session:
             run["goes on"] = f"after step {self._progress.step:,}, attempt {self._recovery.attempt}"
         parameters = {"parameters": f"{total:,}, {trainable:,} trainable"}
         rows = {section: {name: redact(value) for name, value in values.items()} for section, values in plan.items()}
-        rows["model"] = rows.get("model", {}) | parameters | ({"adapter": adapter.describe()} if adapter else {})
+        adapted = {"adapter": adapter.describe()} if adapter else {}
+        rows["model"] = rows.get("model", {}) | parameters | quantized | adapted
         rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
         rows["training"]["padding"] = padding
         if blocks:

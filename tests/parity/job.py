@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -21,12 +23,13 @@ from transformers import (
 
 from toolkit.adapters import add_adapter
 from toolkit.compute import fuse_loss, remove_padding
-from toolkit.config import AdapterConfig, OptimConfig, StrategyConfig
+from toolkit.config import AdapterConfig, OptimConfig, Quantization, StrategyConfig
 from toolkit.data.loader import Loader, batch_shape
 from toolkit.engine import evaluate, train_step
 from toolkit.optim import adamw, build_schedule
 from toolkit.precision import Precision
-from toolkit.strategies import choose_strategy
+from toolkit.quantization import is_quantized
+from toolkit.strategies import Strategy, choose_low_bit, choose_strategy
 from toolkit.tasks import Batch, Classification, LanguageModeling
 from toolkit.world import world
 
@@ -51,6 +54,7 @@ class Job:
     max_grad_norm: float | None = 1.0
     frozen: str = ""
     adapter: AdapterConfig = AdapterConfig()
+    quantization: Quantization = "none"
     samples: int = SAMPLES
     loss_scale: float | None = None
     network: str = "bert"
@@ -70,6 +74,8 @@ class Outcome:
     weights: dict[str, np.ndarray[Any, Any]]
     effective: dict[str, Any]
     parameter_types: set[str]
+    packed: dict[str, str]
+    share_of_packed: float
 
 
 def tiny_bert(dropout: float = 0.0, classes: int = CLASSES) -> BertForSequenceClassification:
@@ -180,11 +186,12 @@ def train(job: Job) -> Outcome:
         shape=shape,
         max_grad_norm=job.max_grad_norm,
     )
+    low_bit = choose_low_bit(strategy, job.quantization, job.adapter.name)
     model, task, data = make(job)
     for name, parameter in model.named_parameters():
         if job.frozen and name.startswith(job.frozen):
             parameter.requires_grad_(False)
-    model = add_adapter(model, job.adapter, seed=5)
+    model = add_adapter(model, job.adapter, seed=5, low_bit=low_bit)
     optim = OptimConfig(lr=job.lr, schedule="cosine", warmup_steps=2)
     strategy.setup(model, lambda wrapped: adamw(wrapped, optim, job.adapter.lr_ratio or 1.0))
     del model
@@ -208,7 +215,41 @@ def train(job: Job) -> Outcome:
         weights={name: tensor.numpy() for name, tensor in strategy.weights().items()},
         effective=strategy.effective(),
         parameter_types={type(p).__name__ for p in strategy.module.parameters()},
+        packed=digests(strategy),
+        share_of_packed=share_of_packed(strategy),
     )
     strategy.teardown()
     w.close()
     return outcome
+
+
+def packed_weights(strategy: Strategy) -> dict[str, Any]:
+    """Of quantized layers, as this rank holds them."""
+    return {name: module.weight for name, module in strategy.module.named_modules() if is_quantized(module)}
+
+
+def digests(strategy: Strategy) -> dict[str, str]:
+    """SHA-256 of the bytes of each quantized layer, whole again."""
+    found = {}
+    for name, weight in packed_weights(strategy).items():
+        if hasattr(weight, "ds_shape"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([weight]):
+                whole = weight.detach().clone()
+        else:
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
+        found[name] = hashlib.sha256(whole.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return found
+
+
+def share_of_packed(strategy: Strategy) -> float:
+    """Bytes of quantized weights on this rank, of all; 1 where there are none."""
+    held = total = 0
+    for weight in packed_weights(strategy).values():
+        if hasattr(weight, "ds_shape"):
+            held, total = held + weight.ds_tensor.numel(), total + weight.ds_numel
+        else:
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            held, total = held + local.numel(), total + weight.numel()
+    return held / total if total else 1.0

@@ -97,7 +97,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["pedict", "run"], "there is no command 'pedict'. Did you mean 'predict'? → Commands: checkpoint, merge,"),
+        (
+            ["pedict", "run"],
+            "there is no command 'pedict'. Did you mean 'predict'? → Commands: checkpoint, matrix, merge,",
+        ),
         (["checkpoint", "lss", "run"], "there is no command 'lss'. Did you mean 'ls'? → Commands: ls,"),
         (["checkpoint", "--jsn"], "unrecognized arguments: --jsn. → See `toolkit checkpoint --help`"),
         (["--verson"], "unrecognized arguments: --verson. Did you mean '--version'?"),

@@ -54,6 +54,7 @@ FLOORS = (
     "plan",
     "predict",
     "merge",
+    "matrix",
     "serve",
     "cli",
 )

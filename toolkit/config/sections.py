@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Quantization = Literal["none", "int8", "nf4", "fp4", "nf4-double", "fp4-double"]
 
 # Strict: YAML's `true` is no number. Real numbers are not, because YAML takes `1e-4`, without a dot, for a text.
 Count = Annotated[int, Field(gt=0, strict=True)]
@@ -381,6 +382,10 @@ class RecipeConfig(Protocol):
     @property
     def precision(self) -> str:
         """Number format."""
+
+    @property
+    def quantization(self) -> str:
+        """Number format of the frozen base."""
 
     @property
     def strategy(self) -> StrategyConfig:

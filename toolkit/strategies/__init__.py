@@ -2,5 +2,6 @@
 
 from toolkit.strategies.base import Layout, Strategy, Update
 from toolkit.strategies.choose import STRATEGIES, choose_strategy
+from toolkit.strategies.support import MATRIX, choose_low_bit
 
-__all__ = ["STRATEGIES", "Layout", "Strategy", "Update", "choose_strategy"]
+__all__ = ["MATRIX", "STRATEGIES", "Layout", "Strategy", "Update", "choose_low_bit", "choose_strategy"]

@@ -21,6 +21,7 @@ from toolkit.data.loader import BatchShape
 from toolkit.errors import ConfigError
 from toolkit.optim import set_learning_rate
 from toolkit.precision import LossScaler, Precision, Reduced
+from toolkit.quantization import without_low_bits
 from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, whole
 from toolkit.world import World
 
@@ -152,7 +153,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def weights(self) -> dict[str, torch.Tensor]:
-        """Full weights by the plain model's names, in fp32 on the CPU of rank 0, empty elsewhere. Collective."""
+        """Full weights by the plain model's names, in fp32 on the CPU of rank 0, empty elsewhere. Collective.
+
+        Those of quantized layers are not among them.
+        """
 
     @abstractmethod
     def shards(self) -> dict[str, FlatShard]:
@@ -257,7 +261,8 @@ class TorchStrategy(Strategy):
         """A copy of the state dict."""
         if not self.world.main:
             return {}
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+        state = without_low_bits(self.module, self.module.state_dict())
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def shards(self) -> dict[str, FlatShard]:
         """Parameter by parameter."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from toolkit.errors import ConfigError
 from toolkit.optim import set_learning_rate
+from toolkit.quantization import without_low_bits
 from toolkit.strategies.base import BuildOptimizer, Layout, Strategy, Update, persistent_buffers
 from toolkit.strategies.deepspeed_config import engine_config, import_deepspeed, quiet
 from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, whole
@@ -111,7 +112,8 @@ class Zero(Strategy):
         """fp32 masters, gathered parameter by parameter; frozen parameters as they came, buffers as they are."""
         deepspeed = import_deepspeed(self.world.device)
         state = {}
-        for name, parameter in self.module.named_parameters():
+        parameters = dict(self.module.named_parameters())
+        for name, parameter in without_low_bits(self.module, parameters).items():
             full = self._frozen.get(name)  # DeepSpeed's own is rounded
             if full is None:
                 full = deepspeed.utils.safe_get_full_fp32_param(parameter)
