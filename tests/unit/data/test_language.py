@@ -94,7 +94,7 @@ def test_repeats_and_blanks_are_dropped_and_counted(tmp_path: Path) -> None:
     texts = [*TEXTS, *TEXTS[:7], "  ", "", " ".join(TEXTS[8].split())]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     _, corpus = corpus_of(path)
-    assert corpus.facts["dropped"] == {"blank": 2, "repeated": 8, "in a held-out split": 0}
+    assert corpus.facts["dropped"] == {"malformed": 0, "blank": 2, "repeated": 8, "in a held-out split": 0}
     assert sorted(all_texts(corpus)) == sorted(TEXTS)
     _, kept = corpus_of(path, deduplicate=False)
     train, held_out = kept.splits["train"]["text"], {*kept.splits["validation"]["text"], *kept.splits["test"]["text"]}
@@ -137,7 +137,7 @@ def test_the_second_call_reads_what_the_first_has_made(jsonl: Path, cache: Path)
         ({"name": ("nowhere.txt",)}, DataError, "--data.name: there is no file or folder 'nowhere.txt'"),
         ({"name": ("sample:bbc-new",)}, ConfigError, "there is no sample 'bbc-new'"),
         ({"validation": ("nowhere/",)}, DataError, "--data.validation: there is no file or folder"),
-        ({"validation_share": 0.6, "test_share": 0.5}, ConfigError, "hold out 1.1 of the texts"),
+        ({"validation_share": 0.6, "test_share": 0.5}, ConfigError, "hold out 1.1 of the data"),
         ({"text": "body"}, DataError, "has no column 'body'"),
     ],
 )
