@@ -72,6 +72,7 @@ def report_of_texts(data: LanguageData, max_length: int) -> dict[str, Any]:
         "passes": facts["passes"],
         "filled": facts["filled"],
         "dropped": facts["dropped"],
+        "languages": facts["languages"],
         "lengths": _lengths(facts["token_lengths"]),
         "max_length": max_length,
         "truncated": facts["cut"],
