@@ -64,8 +64,13 @@ def _measure(texts: list[str], *, words: Callable[[str], str], function: Measure
     return function([words(text) for text in texts])
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a text without case and punctuation, and of scripts without blanks the characters."""
+    return _UNIT.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
 def grams(text: str, length: int, *, whole: bool = False) -> Grams:
-    """64-bit hashes of all runs of `length` words, each once, sorted.
+    """64-bit hashes of all runs of `length` words, in their order.
 
     A word counts without case, and punctuation does not. Where words are not set apart by blanks, a run goes by
     characters and has 5/3 as many of them, which say as much as the words of English; so a length means the same in
@@ -76,7 +81,7 @@ def grams(text: str, length: int, *, whole: bool = False) -> Grams:
         length: in words.
         whole: take a text that is shorter for one run; otherwise it has none.
     """
-    found = _UNIT.findall(unicodedata.normalize("NFKC", text).casefold())
+    found = split_words(text)
     if not found:
         return np.empty(0, np.uint64)
     hashes, weights = zip(*map(_unit, found), strict=True)
@@ -89,7 +94,7 @@ def grams(text: str, length: int, *, whole: bool = False) -> Grams:
     # The hash of Rabin and Karp modulo 2^64: as the base is odd, a run can be moved back to where powers begin.
     powers, inverse = (_powers(base, len(found)) for base in (_BASE, pow(_BASE, -1, _MODULUS)))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(np.array(hashes, np.uint64) * powers, dtype=np.uint64)])
-    result: Grams = np.unique((sums[ends] - sums[begins]) * inverse[begins])
+    result: Grams = (sums[ends] - sums[begins]) * inverse[begins]
     return result
 
 

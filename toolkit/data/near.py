@@ -22,7 +22,7 @@ from datasets.utils import tqdm
 
 from toolkit.config import SourcesConfig
 from toolkit.data.clean import DROPPED, TRAIN, Keys, Roles
-from toolkit.data.contents import Contents, grams
+from toolkit.data.contents import Contents, Grams, grams
 from toolkit.data.mapping import ROWS_FOR_A_BAR, quiet
 from toolkit.errors import ConfigError
 from toolkit.requirements import optional
@@ -159,8 +159,15 @@ def _runs(contents: Contents, rows: npt.NDArray[np.int64]) -> _Runs:
 
 
 def _measure(texts: list[str]) -> dict[str, list[npt.NDArray[np.uint32]]]:
-    # 32 bits tell the runs of two texts apart well enough, and need half the disk.
-    return {"runs": [np.unique(grams(text, LENGTH, whole=True).astype(np.uint32)) for text in texts]}
+    return {"runs": [_each_once(grams(text, LENGTH, whole=True)) for text in texts]}
+
+
+def _each_once(runs: Grams) -> npt.NDArray[np.uint32]:
+    """Sorted. 32 bits tell the runs of two texts apart well enough, and need half the disk."""
+    ordered = np.sort(runs.astype(np.uint32))
+    new = np.ones(len(ordered), np.bool_)
+    new[1:] = ordered[1:] != ordered[:-1]  # several times as fast as np.unique
+    return ordered[new]
 
 
 def _library() -> Any:
