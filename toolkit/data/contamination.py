@@ -10,7 +10,7 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 
 from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Roles
-from toolkit.data.contents import Contents, grams
+from toolkit.data.contents import Contents, Grams, grams
 
 
 def drop_contaminated(contents: Contents, kept: Roles, length: int | None) -> tuple[Roles, dict[str, int]]:
@@ -32,9 +32,9 @@ def drop_contaminated(contents: Contents, kept: Roles, length: int | None) -> tu
     held_out, trained = np.flatnonzero(np.isin(kept, (VALIDATION, TEST))), np.flatnonzero(kept == TRAIN)
     list_runs = functools.partial(_list_runs, length=length)
     table = contents.measure(held_out, list_runs, Features({"runs": ListOf(Value("uint64"))}), "Reading held-out texts")
-    chunks = table.with_format("arrow")[:].column("runs").chunks
+    runs = [chunk.flatten().to_numpy() for chunk in table.with_format("arrow")[:].column("runs").chunks]
     path = contents.scratch / "held-out runs.npy"
-    np.save(path, np.unique(np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])))
+    np.save(path, np.unique(np.concatenate([np.empty(0, np.uint64), *runs])))
     shares_one = functools.partial(_shares_one, length=length, path=path)
     table = contents.measure(trained, shares_one, Features({"shared": Value("bool")}), "Looking for held-out passages")
     shared = table.with_format("arrow")[:].column("shared").to_numpy()
@@ -43,7 +43,7 @@ def drop_contaminated(contents: Contents, kept: Roles, length: int | None) -> tu
     return result, {f"sharing {length} words with a held-out split": int(shared.sum())}
 
 
-def _list_runs(texts: list[str], *, length: int) -> dict[str, list[np.ndarray]]:
+def _list_runs(texts: list[str], *, length: int) -> dict[str, list[Grams]]:
     return {"runs": [grams(text, length) for text in texts]}
 
 

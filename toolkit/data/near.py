@@ -155,6 +155,7 @@ def _runs(contents: Contents, rows: npt.NDArray[np.int64]) -> _Runs:
                 signatures[done : done + len(counts)] = matrix.to_rows()
                 lengths.append(counts)
                 done += len(counts)
+        file.write(np.zeros(1, np.uint32).tobytes())  # what is mapped into memory must not be empty
     return _Runs(np.memmap(path, np.uint32, "r"), np.cumsum(np.concatenate(lengths)), signatures)
 
 

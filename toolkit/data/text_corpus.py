@@ -179,8 +179,7 @@ def _prepare(
     if empty := [name for name, numbers in chosen.items() if not len(numbers)]:
         raise DataError(
             f"the {empty[0]} split has no texts left after cleaning{_of_these(dropped)}",
-            "All of its texts are also in another split, or are left out by the settings: give other data, change "
-            "them, or leave this split out.",
+            "Give more or other texts, hold out a larger share, or drop fewer.",
         )
     facts = {
         "read": {name: int(np.sum(rows.roles == role)) for role, name in enumerate(ROLES)},
