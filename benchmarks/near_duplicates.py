@@ -10,7 +10,7 @@ So copies lie on both sides of the threshold, and texts that are none have sente
 `text_corpus` then prepares them without near-duplicate removal and with it, each in a process of its own. The cost is
 the difference. Memory is that of the process and its workers together, without pages of files, which the system takes
 back when it needs them. What is found is held against sets of tuples of words, which are compared in full, for all
-pairs of a text and its copy; and each text that is dropped must have a partner that is as like it as was asked for.
+pairs of a text and its copy.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def make(options: argparse.Namespace) -> list[tuple[str, str]]:
     with (fetch(options.sample) / "data.jsonl").open(encoding="utf-8") as lines:
         whole = [json.loads(line)["text"] for line in lines]
     sentences = [found.strip() for text in whole for found in re.findall(r"[^.。！？!?]+[.。！？!?]", text)]
+    # None so long that two texts with it in common are alike.
+    sentences = [sentence for sentence in sentences if len(sentence) < options.characters / 10]
     words = [word for sentence in chance.sample(sentences, 1000) for word in pieces(sentence)]
     copies = round(options.texts * options.copies)
     texts = [compose(sentences, options.characters, chance) for _ in range(options.texts - copies)]

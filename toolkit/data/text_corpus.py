@@ -22,6 +22,7 @@ from toolkit.data.contents import Contents
 from toolkit.data.files import ROLES, Part, Role, read_part
 from toolkit.data.filters import check_filters, drop_unwanted
 from toolkit.data.hub import HubData, find, read_hub
+from toolkit.data.mapping import ROWS_FOR_A_BAR, quiet
 from toolkit.data.near import check_near, drop_near
 from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.sources import file_digest, find_part, is_local
@@ -188,9 +189,8 @@ def _prepare(
         "texts": {name: len(numbers) for name, numbers in chosen.items()},
         "warnings": _warnings(rows.faults),
     }
-    tables = {
-        name: rows.texts.select(found).add_column("source", rows.sources[found]) for name, found in chosen.items()
-    }
+    with quiet(bars=len(kept) >= ROWS_FOR_A_BAR):
+        tables = {name: rows.texts.select(at).add_column("source", rows.sources[at]) for name, at in chosen.items()}
     save_splits(result, tables, facts)
 
 
