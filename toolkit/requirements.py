@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib import metadata
+from typing import Any
 
 from packaging.requirements import Requirement
 
-from toolkit.errors import LaunchError
+from toolkit.errors import ConfigError, LaunchError
 
 PROJECT = "largemodel-toolkit"
 
@@ -27,6 +29,26 @@ def check_versions() -> None:
             "installed packages are outside the tested range: " + "; ".join(wrong),
             "Install the tested versions: pip install -c constraints.txt -e .",
         )
+
+
+def optional(name: str, key: str, extra: str) -> Any:
+    """The module of a dependency that only one setting needs.
+
+    Args:
+        name: of the module.
+        key: the setting, as `--data.languages`.
+        extra: of this project, which installs it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{key} needs {name.split('.')[0]}, which is not installed",
+            f"Install it with: pip install '{PROJECT}[{extra}]', or leave the setting out.",
+        ) from error
 
 
 def _outside(requirement: Requirement) -> str:

@@ -182,6 +182,39 @@ def test_a_mixture_is_gone_through_once_an_epoch(job: list[str], corpus: Path, t
     assert f"({passes[1]:.2f}timesanepoch)" in "".join(shown.split())
 
 
+def test_what_is_cleaned_away_is_told(job: list[str], tmp_path: Path) -> None:
+    """Of 240 texts 5 nearly repeat another one, 4 are in French, 3 too short, and 2 quote a text of the test."""
+    rng = random.Random(1)
+    nouns = [f"{first}{second}" for first in ("note", "plan", "road", "tree") for second in range(40)]
+    sentence = "The {} said that the {} would see the {} before it was with the {}."
+    texts = [" ".join(sentence.format(*rng.sample(nouns, 4)) for _ in range(6)) for _ in range(228)]
+    held = [
+        f"It was said of {noun} by all of the people here that they would like it. {noun} it is." for noun in nouns[:9]
+    ]
+    french = "Le gouvernement a déclaré qu'il publierait son rapport sur l'économie avant la fin de la semaine {}."
+    texts[-2:] = [f"{text} {held[i]}" for i, text in enumerate(texts[-2:])]
+    texts += [text + " Again!" for text in texts[:5]] + [french.format(number) for number in range(4)]
+    texts += ["Too short.", "So is this.", "短"]
+    for name, rows in (("train", texts), ("test", held)):
+        lines = [json.dumps({"text": text}) + "\n" for text in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    options = ["--data.name", "train.jsonl", "--data.test", "test.jsonl", "--data.near_duplicates", "0.8"]
+    options += ["--data.languages", "en", "zh", "--data.min_chars", "20", "--data.decontaminate", "13"]
+    shown = train(2, [*job, *options, "--train.steps", "3", "--run.eval_every", "3"], tmp_path)
+    report = read(tmp_path / "run")[1]
+    assert {reason: count for reason, count in report["data"]["dropped"].items() if count} == {
+        "of too few characters": 3,
+        "in another language": 4,
+        "nearly repeated": 5,
+        "sharing 13 words with a held-out split": 2,
+    }
+    assert report["data"]["languages"]["fr"] == 4
+    assert report["data"]["texts"]["test"] == 9
+    for told in ("3 of too few characters", "4 in another language", "5 nearly repeated"):
+        assert told in " ".join(shown.replace("│", " ").split())
+    assert "5 nearly repeated" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_other_networks(architecture: str, job: list[str], tmp_path: Path) -> None:
     kv = job.index("--model.kv_heads")
@@ -208,6 +241,9 @@ def test_other_networks(architecture: str, job: list[str], tmp_path: Path) -> No
         (["--adapter.name", "lora"], "would freeze random weights"),
         (["--train.label_smoothing", "0.1"], "--train.label_smoothing has no effect"),
         (["--data.text", "body"], "has no column 'body'"),
+        (["--data.languages", "english"], "'english' is no language that can be told"),
+        (["--data.near_duplicates", "0.8", "--data.deduplicate", "False"], "contradicts --data.deduplicate False"),
+        (["--data.near_duplicates", "80"], "less than or equal to 1"),
         (["--model.freeze", "nothing"], "matches no parameter"),
     ],
 )

@@ -166,8 +166,20 @@ class SourcesConfig:
     """Use at most so many texts (or conversations) for training."""
     split_seed: Natural = 0
     """Seed of the splits, apart from the run's seed, so that runs with other seeds are tested alike."""
+    min_chars: Count | None = None
+    """Drop texts of fewer characters (of a conversation: in all messages together, without the system's)."""
+    max_chars: Count | None = None
+    """Drop texts of more characters."""
+    languages: tuple[str, ...] = ()
+    """Languages to keep, as `en zh`; texts in others are dropped. By default all."""
     deduplicate: bool = True
     """Drop what stands in an earlier row."""
+    near_duplicates: Annotated[float, Field(ge=0.5, le=1)] | None = None
+    """Drop what is nearly another text, of training or held out: at least so much of their runs of five words, taken
+    together, is in both (Jaccard similarity). 0.8 is usual. By default nothing: what is too much alike is a judgement
+    on the data, and it takes as long as cutting into tokens."""
+    decontaminate: Annotated[int, Field(ge=5, strict=True)] | None = None
+    """Drop training texts that share a run of so many words with a held-out one; 13 is usual. By default none."""
     workers: Natural = 0
     """Processes that collate batches beside the training process; 0 collates in it."""
     tokenize_processes: Count | None = None

@@ -5,28 +5,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 
 from toolkit import samples
 from toolkit.config import CorpusConfig, SourcesConfig
-from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, drop_leaks, drop_repeats, group_texts, key_texts
+from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Roles, drop_leaks, drop_repeats, group_texts, key_texts
+from toolkit.data.contamination import drop_contaminated
+from toolkit.data.contents import Contents
 from toolkit.data.files import ROLES, Part, Role, read_part
+from toolkit.data.filters import check_filters, drop_unwanted
 from toolkit.data.hub import HubData, find, read_hub
+from toolkit.data.mapping import ROWS_FOR_A_BAR, quiet
+from toolkit.data.near import check_near, drop_near
 from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.sources import file_digest, find_part, is_local
 from toolkit.data.split import limit, shuffle_key, take_shares
 from toolkit.data.stored import load_splits, save_splits
 from toolkit.errors import ConfigError, DataError
 
-_REVISION = 2
+_REVISION = 3
 """To be raised with every change of this package that changes its result: older caches are then not used."""
 _SPLITS = ("validation_share", "test_share", "train_texts", "split_seed", "deduplicate")
+_CLEANING = ("min_chars", "max_chars", "languages", "near_duplicates", "decontaminate")
 Place = Part | HubData
 
 
@@ -75,7 +82,14 @@ def text_corpus(config: CorpusConfig) -> TextCorpus:
     return gather(config, read, {"text": config.text, "texts_in": config.texts_in}, texts_in=config.texts_in)
 
 
-def gather(config: SourcesConfig, read: Reader, settings: Mapping[str, Any], *, texts_in: Any = None) -> TextCorpus:
+def gather(
+    config: SourcesConfig,
+    read: Reader,
+    settings: Mapping[str, Any],
+    *,
+    texts_in: Any = None,
+    words: Callable[[str], str] = str,
+) -> TextCorpus:
     """The same for rows of any kind that `read` makes texts of.
 
     Args:
@@ -83,15 +97,18 @@ def gather(config: SourcesConfig, read: Reader, settings: Mapping[str, Any], *, 
         read: makes texts of the rows of a place.
         settings: what it goes by, fit for JSON.
         texts_in: for .txt files, as in CorpusConfig; None where such files are none of this kind.
+        words: what a text says, where that is not all of it: by this it is filtered and compared; picklable.
     """
     if not config.name or not all(config.name):
         raise ConfigError("--data.name is empty", "Give a file, a folder, a glob, a hub id or sample:NAME.")
     names: dict[Role, tuple[str, ...]] = {"train": config.name, "validation": config.validation, "test": config.test}
     _check_shares(config)
+    check_filters(config)
+    check_near(config)
     places = {role: [_find(name, role, texts_in) for name in found] for role, found in names.items()}
     content = {role: [_digest(place) for place in found] for role, found in places.items()}
-    name = fingerprint("texts", _REVISION, content, [getattr(config, key) for key in _SPLITS], settings)
-    splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, read, places))
+    name = fingerprint("texts", _REVISION, content, [getattr(config, key) for key in _SPLITS + _CLEANING], settings)
+    splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, read, places, words))
     warnings = [place.warning for found in places.values() for place in found if isinstance(place, HubData)]
     facts |= {"sources": list(config.name), "warnings": [*filter(None, warnings), *facts["warnings"]]}
     return TextCorpus(splits, facts, name)
@@ -122,10 +139,17 @@ def _digest(place: Place) -> list[Any]:
     return [place.kind, *map(file_digest, place.files)]
 
 
-def _prepare(
-    config: SourcesConfig, read: Reader, places: Mapping[Role, Sequence[Place]], result: Path, scratch: Path
-) -> None:
-    """Write the splits and their facts to `result`."""
+@dataclass(frozen=True)
+class _Read:
+    """All rows that were read, in one numbering; `roles` are indices into ROLES."""
+
+    texts: Dataset
+    roles: Roles
+    sources: npt.NDArray[np.int32]
+    faults: tuple[tuple[str, str], ...]
+
+
+def _read_all(read: Reader, places: Mapping[Role, Sequence[Place]], scratch: Path) -> _Read:
     tables, roles, sources = [], [], []
     faults: list[tuple[str, str]] = []
     for role, found in places.items():
@@ -135,48 +159,78 @@ def _prepare(
                 faults += piece.faults
                 roles += [ROLES.index(role)] * len(piece.texts)
                 sources += [number] * len(piece.texts)
-    texts = concatenate_datasets(tables)
-    given = np.array(roles, np.int8)
-    keyed = key_texts(texts, config.tokenize_processes, scratch)
-    kept = np.where(keyed.blank, DROPPED, given).astype(np.int8)
-    groups, one_class = group_texts(keyed.keys), np.zeros(len(kept), np.int32)
+    return _Read(concatenate_datasets(tables), np.array(roles, np.int8), np.array(sources, np.int32), tuple(faults))
+
+
+def _prepare(
+    config: SourcesConfig,
+    read: Reader,
+    places: Mapping[Role, Sequence[Place]],
+    words: Callable[[str], str],
+    result: Path,
+    scratch: Path,
+) -> None:
+    """Write the splits and their facts to `result`."""
+    rows = _read_all(read, places, scratch)
+    contents = Contents(rows.texts, words, config.tokenize_processes, scratch)
+    kept, dropped, languages = _cleaned_and_split(
+        config, rows, contents, {ROLES.index(role) for role in places if places[role]}
+    )
+    chosen = {name: np.flatnonzero(kept == role) for role, name in enumerate(ROLES)}
+    if empty := [name for name, numbers in chosen.items() if not len(numbers)]:
+        raise DataError(
+            f"the {empty[0]} split has no texts left after cleaning{_of_these(dropped)}",
+            "Give more or other texts, hold out a larger share, or drop fewer.",
+        )
+    facts = {
+        "read": {name: int(np.sum(rows.roles == role)) for role, name in enumerate(ROLES)},
+        "dropped": dropped,
+        "languages": languages,
+        "texts": {name: len(numbers) for name, numbers in chosen.items()},
+        "warnings": _warnings(rows.faults),
+    }
+    with quiet(bars=len(kept) >= ROWS_FOR_A_BAR):
+        tables = {name: rows.texts.select(at).add_column("source", rows.sources[at]) for name, at in chosen.items()}
+    save_splits(result, tables, facts)
+
+
+def _cleaned_and_split(
+    config: SourcesConfig, rows: _Read, contents: Contents, given: Container[int]
+) -> tuple[Roles, dict[str, int], dict[str, int]]:
+    """The split of each row or `DROPPED`; how many rows were dropped for which reason; how many texts were in which
+    language.
+    """
+    keyed = key_texts(rows.texts, config.tokenize_processes, contents.scratch)
+    groups, one_class = group_texts(keyed.keys), np.zeros(len(rows.roles), np.int32)
+    kept = np.where(keyed.blank, DROPPED, rows.roles).astype(np.int8)
+    kept, unwanted, languages = drop_unwanted(contents, kept, config)
     repeats = 0
     if config.deduplicate:
         kept, repeats, _ = drop_repeats(kept, groups, one_class)
     kept, leaks = drop_leaks(kept, groups)
+    # Before the split, so that no text is held out while one like it is trained on.
+    kept, near = drop_near(contents, kept, keyed.keys, config.near_duplicates)
+    dropped = {"malformed": len(rows.faults), "blank": int(np.sum(keyed.blank)), **unwanted, "repeated": repeats}
+    dropped |= {"in a held-out split": sum(leaks.values()), **near}
     order = shuffle_key(keyed.keys, config.split_seed)
     shares = {VALIDATION: config.validation_share, TEST: config.test_share}
-    taken = {role: share for role, share in shares.items() if not places[ROLES[role]]}
+    taken = {role: share for role, share in shares.items() if role not in given}
     if np.sum(kept == TRAIN) <= len(taken):
         raise DataError(
-            f"{int(np.sum(kept == TRAIN))} training texts are left after cleaning, which is too few to hold some out",
+            f"{int(np.sum(kept == TRAIN))} training texts are left after cleaning{_of_these(dropped)}, which is too "
+            "few to hold some out",
             "Give more texts; for .txt files, --data.texts_in paragraph or line makes more of one file.",
         )
     kept = take_shares(kept, one_class, order, taken, ("text",))
     if not config.deduplicate:
         kept, _ = drop_leaks(kept, groups)  # repeats may be trained on, but not tested on
-    kept = limit(kept, TRAIN, config.train_texts, one_class, order)
-    rows = {name: np.flatnonzero(kept == role) for role, name in enumerate(ROLES)}
-    if empty := [name for name, chosen in rows.items() if not len(chosen)]:
-        raise DataError(
-            f"the {empty[0]} split has no texts left after cleaning",
-            "All of its texts are also in another split: give other data, or leave this split out.",
-        )
-    dropped = {
-        "malformed": len(faults),
-        "blank": int(np.sum(keyed.blank)),
-        "repeated": repeats,
-        "in a held-out split": sum(leaks.values()),
-    }
-    facts = {
-        "read": {name: int(np.sum(given == role)) for role, name in enumerate(ROLES)},
-        "dropped": dropped,
-        "texts": {name: len(chosen) for name, chosen in rows.items()},
-        "warnings": _warnings(faults),
-    }
-    of_source = np.array(sources, np.int32)
-    tables_of = {name: texts.select(chosen).add_column("source", of_source[chosen]) for name, chosen in rows.items()}
-    save_splits(result, tables_of, facts)
+    kept, contaminated = drop_contaminated(contents, kept, config.decontaminate)
+    return limit(kept, TRAIN, config.train_texts, one_class, order), dropped | contaminated, languages
+
+
+def _of_these(dropped: Mapping[str, int]) -> str:
+    told = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+    return f" (dropped: {told})" if told else ""
 
 
 def _warnings(faults: Sequence[tuple[str, str]]) -> list[str]:

@@ -137,7 +137,7 @@ def test_the_second_call_reads_what_the_first_has_made(jsonl: Path, cache: Path)
         ({"name": ("nowhere.txt",)}, DataError, "--data.name: there is no file or folder 'nowhere.txt'"),
         ({"name": ("sample:bbc-new",)}, ConfigError, "there is no sample 'bbc-new'"),
         ({"validation": ("nowhere/",)}, DataError, "--data.validation: there is no file or folder"),
-        ({"validation_share": 0.6, "test_share": 0.5}, ConfigError, "hold out 1.1 of the texts"),
+        ({"validation_share": 0.6, "test_share": 0.5}, ConfigError, "hold out 1.1 of the data"),
         ({"text": "body"}, DataError, "has no column 'body'"),
     ],
 )

@@ -39,12 +39,17 @@ def conversations(config: ChatConfig) -> TextCorpus:
         DataError: data that is missing, or of which too many rows are no conversations.
     """
     read = partial(_read, layout=config.layout, most=config.max_bad_rows)
-    return gather(config, read, {"kind": "chat", "layout": config.layout})
+    return gather(config, read, {"kind": "chat", "layout": config.layout}, words=said)
 
 
 def messages_in(text: str) -> list[Message]:
     """The conversation in a canonical text."""
     return json.loads(text)  # type: ignore[no-any-return]
+
+
+def said(text: str) -> str:
+    """What a canonical text says: its messages, but for the system's, which many conversations have in common."""
+    return "\n\n".join(message["content"] for message in messages_in(text) if message["role"] != "system")
 
 
 def _read(place: Place, role: Role, scratch: Path, layout: Layout, most: int) -> Iterator[Rows]:
