@@ -1,4 +1,4 @@
-"""The tested range of each dependency, read from the installed project's own metadata, checked at start."""
+"""The tested range of each dependency, from the installed project's own metadata; those that one setting needs."""
 
 from __future__ import annotations
 
