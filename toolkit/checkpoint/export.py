@@ -21,7 +21,7 @@ from toolkit.adapters import adapter_of
 from toolkit.checkpoint.joined import load_weights, state_digest
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.folders import written_aside
-from toolkit.strategies.deepspeed_config import quiet
+from toolkit.strategies.deepspeed_library import quiet
 
 __all__ = [
     "BOUND",

@@ -1,15 +1,9 @@
-"""DeepSpeed itself, and its configuration: the user's JSON checked against what the recipe decides."""
+"""DeepSpeed's configuration: the user's JSON checked against what the recipe decides."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import math
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +13,7 @@ from pydantic import ValidationError
 from toolkit.data.loader import BatchShape
 from toolkit.errors import ConfigError, nearest
 from toolkit.precision import GROWTH_INTERVAL, INITIAL_LOSS_SCALE, MINIMUM_LOSS_SCALE, Precision
+from toolkit.strategies.deepspeed_library import import_deepspeed
 
 RECIPE_DECIDES = 'The recipe decides it: set it to "auto" or leave it out'
 
@@ -78,31 +73,6 @@ REFUSED_KEYS = frozenset(
         "weight_quantization",
     }
 )
-
-
-def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, which takes seconds to import, for the runs that use it."""
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # or it takes the GPU that it finds
-    # DeepSpeed builds its extension with the ninja that PATH finds: this environment's, activated or not.
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in os.environ["PATH"].split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join((scripts, os.environ["PATH"]))
-    try:
-        with quiet():
-            import deepspeed
-    except ImportError as error:
-        raise ConfigError(f"ZeRO needs DeepSpeed: {error}", "pip install -c constraints.txt deepspeed") from error
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    return deepspeed
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Swallow what is printed inside."""
-    # DeepSpeed prints its build and import notes to stdout, in the middle of the recipe's tables.
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def engine_config(

@@ -14,7 +14,8 @@ from toolkit.errors import ConfigError
 from toolkit.optim import set_learning_rate
 from toolkit.quantization import without_low_bits
 from toolkit.strategies.base import BuildOptimizer, Layout, Strategy, Update, persistent_buffers
-from toolkit.strategies.deepspeed_config import engine_config, import_deepspeed, quiet
+from toolkit.strategies.deepspeed_config import engine_config
+from toolkit.strategies.deepspeed_library import import_deepspeed, quiet
 from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, whole
 
 
