@@ -64,7 +64,7 @@ def compile_with(source: Path, folder: Path) -> Iterator[Compile]:
     for process in started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()
 
 
 def slow_compiler(folder: Path) -> tuple[str, Path]:
