@@ -11,7 +11,7 @@ from toolkit.report import Console, RunFolder, Trackers, write_html
 from toolkit.report.step_time import step_time_notes, step_time_rows
 from toolkit.world import World
 
-_SHOWN = ("loss", "accuracy", "perplexity", "bits_per_byte")
+_SHOWN = ("loss", "accuracy", "perplexity", "bits_per_byte", "reward_margin", "reward_accuracy")
 
 
 class Journal:

@@ -234,8 +234,13 @@ class Session:
         """Add facts to the report (labels, majority, data)."""
         self._journal.report |= facts
 
-    def evaluate(self, loader: Loader, title: str) -> dict[str, Any]:
-        """The task's metrics over all samples of `loader`, with progress.
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps behind the weights as they are."""
+        return self._progress.step
+
+    def evaluate(self, loader: Loader, title: str, *, task: Task | None = None) -> dict[str, Any]:
+        """The metrics of the run's task, or of another, over all samples of `loader`, with progress.
 
         Raises:
             Interrupted: a signal asked to stop; raised on all ranks after the same batch.
@@ -250,7 +255,7 @@ class Session:
                 self._interrupt()
 
         self._watchdog.beat("evaluation", self._progress.step)
-        return evaluate(self.strategy, self._task, loader, on_batch)
+        return evaluate(self.strategy, task or self._task, loader, on_batch)
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the validation split is to be evaluated after this step."""

@@ -22,7 +22,9 @@ from toolkit.config import (
     GenerateConfig,
     ModelConfig,
     OptimConfig,
+    PairsConfig,
     Precision,
+    PreferenceConfig,
     RunConfig,
     SourcesConfig,
     StrategyConfig,
@@ -45,6 +47,8 @@ SECTIONS: dict[str, Any] = {
     "tokenizer": TokenizerConfig,
     "corpus": CorpusConfig,
     "chat": ChatConfig,
+    "pairs": PairsConfig,
+    "preference": PreferenceConfig,
     "generate": GenerateConfig,
     "train": TrainConfig,
     "optim": OptimConfig,
@@ -66,6 +70,8 @@ class Config:
     tokenizer: TokenizerConfig = DEFAULT["tokenizer"]
     corpus: CorpusConfig = DEFAULT["corpus"]
     chat: ChatConfig = DEFAULT["chat"]
+    pairs: PairsConfig = DEFAULT["pairs"]
+    preference: PreferenceConfig = DEFAULT["preference"]
     generate: GenerateConfig = DEFAULT["generate"]
     train: TrainConfig = DEFAULT["train"]
     optim: OptimConfig = DEFAULT["optim"]

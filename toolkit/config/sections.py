@@ -223,6 +223,33 @@ class ChatConfig(SourcesConfig):
 
 
 @dataclass(frozen=True)
+class PairsConfig(SourcesConfig):
+    """Pairs of answers to one question, of which one is preferred: where they are, and how they are written."""
+
+    name: tuple[str, ...] = ("sample:piqa",)
+    """One source or several: `sample:NAME`, a file, folder or glob (JSONL, JSON, Parquet), or a hub id. A row has the
+    columns `chosen` and `rejected`, each a conversation or, beside a column `prompt`, an answer to it."""
+    template: Path | None = None
+    """File with a chat template (Jinja), in place of the tokenizer's own."""
+    max_length: Annotated[int, Field(ge=8, strict=True)] = 1024
+    """Tokens of the longest question with an answer."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What becomes of a pair with a longer one: the end of that is cut off, or the pair is left out."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """How a model learns from pairs of answers."""
+
+    loss: Literal["dpo", "ipo", "kto", "orpo"] = "dpo"
+    """`dpo`, `ipo` and `kto` hold the model against the one that it was before; `orpo` does not, and learns the
+    preferred answers as well."""
+    beta: Positive = 0.1
+    """How dear it is to leave that model (dpo, kto); the margin to be reached is 1 / (2 beta), in log-probability per
+    token (ipo); the weight of the preference beside the preferred answers (orpo)."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long, and in what batches."""
 

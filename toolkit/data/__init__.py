@@ -5,7 +5,7 @@ them to the ranks is in `toolkit.data.loader`.
 """
 
 from toolkit.data.bpe import decoder_tokenizer
-from toolkit.data.chat import answer_end, chat, conversations, question, use_template
+from toolkit.data.chat import answer_end, answer_pairs, chat, conversations, preferences, question, use_template
 from toolkit.data.language import LanguageData, language
 from toolkit.data.text_classification import TextClassification, text_classification
 from toolkit.data.text_corpus import TextCorpus, text_corpus
@@ -15,10 +15,12 @@ __all__ = [
     "TextClassification",
     "TextCorpus",
     "answer_end",
+    "answer_pairs",
     "chat",
     "conversations",
     "decoder_tokenizer",
     "language",
+    "preferences",
     "question",
     "text_classification",
     "text_corpus",

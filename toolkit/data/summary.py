@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.config import ChatConfig, CorpusConfig
+from toolkit.config import ChatConfig, CorpusConfig, PairsConfig
 from toolkit.data.language import LanguageData
 from toolkit.data.text_classification import TextClassification
 
@@ -93,13 +93,13 @@ def plan_of_chats(data: LanguageData, tokenizer: Any, config: ChatConfig) -> dic
     }
 
 
-def report_of_chats(data: LanguageData, max_length: int) -> dict[str, Any]:
-    """The data's part of report.json."""
+def report_of_chats(data: LanguageData, max_length: int, name: str = "conversations") -> dict[str, Any]:
+    """The data's part of report.json; the samples are called `name` in it."""
     facts = data.facts
     return {
         "source": ", ".join(facts["sources"]),
         "fingerprint": data.fingerprint,
-        "conversations": facts["sequences"],
+        name: facts["sequences"],
         "tokens": facts["tokens"],
         "learnt": facts["learnt"],
         "passes": facts["passes"],
@@ -111,6 +111,27 @@ def report_of_chats(data: LanguageData, max_length: int) -> dict[str, Any]:
         "endless": facts["endless"],
         "warnings": facts["warnings"],
     }
+
+
+def plan_of_pairs(data: LanguageData, tokenizer: Any, config: PairsConfig) -> dict[str, str]:
+    """Lines of the plan: sources, sizes, what was left out, and what was cut off."""
+    facts = data.facts
+    cut = {"truncate": "lose the end of it", "drop": "are left out"}[config.too_long]
+    endless = facts["endless"]["train"]
+    return {
+        "sources": _sources(facts),
+        "pairs": _counted(facts["sequences"]),
+        "left out": _told(facts["dropped"]),
+        "tokens": f"{_counted(facts['tokens'])}, both answers and the question of each; "
+        f"a vocabulary of {len(tokenizer):,}",
+        "length": f"at most {config.max_length} tokens; {facts['cut']['train']:.1%} of the pairs have a longer answer "
+        f"and {cut}" + (f"; {endless:,} lack an answer's end" if endless else ""),
+    }
+
+
+def report_of_pairs(data: LanguageData, max_length: int) -> dict[str, Any]:
+    """The data's part of report.json."""
+    return report_of_chats(data, max_length, "pairs")
 
 
 def majority(data: TextClassification) -> float:

@@ -39,6 +39,9 @@ _SUMMARY_ROWS = (
     ("macro F1", "macro_f1", True),
     ("perplexity", "perplexity", False),
     ("bits per byte", "bits_per_byte", False),
+    ("reward margin", "reward_margin", True),
+    ("reward accuracy", "reward_accuracy", True),
+    ("likelier answer", "likelier", True),
     ("loss", "loss", False),
 )
 

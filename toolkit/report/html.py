@@ -31,6 +31,11 @@ _FIGURES = (
     ("Macro F1", "macro_f1"),
     ("Perplexity", "perplexity"),
     ("Bits per byte", "bits_per_byte"),
+    ("Reward margin", "reward_margin"),
+    ("Reward accuracy", "reward_accuracy"),
+    ("Preferred answer likelier", "likelier"),
+    ("Reward of the preferred", "chosen_reward"),
+    ("Reward of the other", "rejected_reward"),
     ("Loss", "loss"),
     ("Samples or tokens", "units"),
 )
@@ -39,6 +44,8 @@ _TILES = (
     ("Test macro F1", "macro_f1"),
     ("Test perplexity", "perplexity"),
     ("Test bits per byte", "bits_per_byte"),
+    ("Test reward accuracy", "reward_accuracy"),
+    ("Test reward margin", "reward_margin"),
 )
 _CSS = """
 *{box-sizing:border-box}

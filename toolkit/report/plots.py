@@ -171,8 +171,13 @@ def loss_scale_plot(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
 
 
 def evaluation_plot(evaluations: Sequence[Mapping[str, Any]], majority: float | None) -> Plot | None:
-    """Accuracy and macro F1 of the evaluations, against the share of the most frequent label."""
-    curves = [("accuracy", "accuracy", "o"), ("macro F1", "macro_f1", "s")]
+    """Shares of what is right in the evaluations, against the share of the most frequent label."""
+    curves = [
+        ("accuracy", "accuracy", "o"),
+        ("macro F1", "macro_f1", "s"),
+        ("reward accuracy", "reward_accuracy", "o"),
+        ("preferred answer likelier", "likelier", "s"),
+    ]
     found = [(name, *_series(evaluations, key), shape) for name, key, shape in curves]
     found = [curve for curve in found if len(curve[1])]
     if not found:

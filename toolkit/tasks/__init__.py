@@ -3,5 +3,6 @@
 from toolkit.tasks.base import Batch, Task
 from toolkit.tasks.classification import Classification
 from toolkit.tasks.language_modeling import LanguageModeling
+from toolkit.tasks.preferences import REFERENCE_FREE, Preferences, Scores
 
-__all__ = ["Batch", "Classification", "LanguageModeling", "Task"]
+__all__ = ["REFERENCE_FREE", "Batch", "Classification", "LanguageModeling", "Preferences", "Scores", "Task"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ListOf
 
-from toolkit.config import ChatConfig
+from toolkit.config import ChatConfig, PairsConfig
 from toolkit.data.chat.encode import Encoded, encode
 from toolkit.data.chat.messages import Unfit
 from toolkit.data.chat.rows import messages_in
@@ -26,10 +27,10 @@ from toolkit.data.text_corpus import TextCorpus
 from toolkit.data.tokenize import EDGES, length_histogram, tokenizer_fingerprint
 from toolkit.errors import DataError
 
-_REVISION = 1
+_REVISION = 2
 """To be raised with every change of this package that changes its result: older caches are then not used."""
-_TOO_LONG, _OUT_OF_REACH = "too long", "without an answer within --data.max_length"
-_FEATURES = Features(
+TOO_LONG, OUT_OF_REACH = "too long", "without an answer within --data.max_length"
+FEATURES = Features(
     {
         "input_ids": ListOf(Value("int32")),
         "trained": ListOf(Value("bool")),
@@ -43,6 +44,8 @@ _FEATURES = Features(
     }
 )
 
+EncodeOne = Callable[[str, Any], list[dict[str, Any]]]
+
 
 def chat(config: ChatConfig, corpus: TextCorpus, tokenizer: Any) -> LanguageData:
     """Write every conversation with the template and tokenise it; the second call with the same content loads it.
@@ -50,17 +53,35 @@ def chat(config: ChatConfig, corpus: TextCorpus, tokenizer: Any) -> LanguageData
     To be called before the process group exists, on all ranks, as `conversations`.
 
     Returns:
-        As `language`, a conversation a row, with one more column: `trained` (list of bool, as many as `input_ids`),
-        whether each token is to be learnt; `bytes` are those of the text that is.
+        As `language`, a conversation a row, with more columns: `trained` (list of bool, as many as `input_ids`),
+        whether each token is to be learnt; `number`, among the rows of all splits. `bytes` are those of the text that
+        is learnt.
 
     Raises:
         ConfigError: weights that are not one for each source.
         DataError: too many conversations are unfit, or a split has none left.
     """
+    encode_one = functools.partial(encode_chat, learn=config.learn, room=config.max_length, too_long=config.too_long)
+    settings = ["chat", config.max_length, config.too_long, config.learn]
+    return sequences(config, corpus, tokenizer, encode_one, settings)
+
+
+def sequences(
+    config: ChatConfig | PairsConfig, corpus: TextCorpus, tokenizer: Any, encode_one: EncodeOne, settings: Sequence[Any]
+) -> LanguageData:
+    """The same for texts that `encode_one` makes rows of.
+
+    Args:
+        config: how they are mixed.
+        corpus: canonical texts.
+        tokenizer: with a chat template.
+        encode_one: makes rows of `FEATURES`, but for `source`, of a text and the tokenizer; picklable.
+        settings: what it goes by, fit for JSON.
+    """
     check_weights(config)
     content = [corpus.fingerprint, tokenizer_fingerprint(tokenizer), tokenizer.chat_template]
-    name = fingerprint("chat", _REVISION, content, config.max_length, config.too_long, config.learn)
-    splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, corpus, tokenizer))
+    name = fingerprint(_REVISION, content, *settings)
+    splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, corpus, tokenizer, encode_one))
     train, passes = mixed(splits["train"], facts["sequences_of_source"], config)
     facts = (
         corpus.facts
@@ -74,13 +95,21 @@ def chat(config: ChatConfig, corpus: TextCorpus, tokenizer: Any) -> LanguageData
     return LanguageData(train, splits["validation"], splits["test"], facts, fingerprint(name, config.weights))
 
 
-def _prepare(config: ChatConfig, corpus: TextCorpus, tokenizer: Any, result: Path, scratch: Path) -> None:
+def _prepare(
+    config: ChatConfig | PairsConfig,
+    corpus: TextCorpus,
+    tokenizer: Any,
+    encode_one: EncodeOne,
+    result: Path,
+    scratch: Path,
+) -> None:
     """Write the splits and their facts to `result`."""
     facts: dict[str, Any] = {"token_lengths": {"edges": EDGES}}
     splits: dict[Role, Dataset] = {}
     faults: Counter[str] = Counter()
     for name in ROLES:
-        rows = _encoded(config, corpus.splits[name], tokenizer, name, scratch)
+        encode_some = functools.partial(_encode_some, encode_one=encode_one, tokenizer=tokenizer)
+        rows = _encoded(config, corpus.splits[name], encode_some, name, scratch)
         columns = rows.select_columns(["cut", "endless", "fault"]).with_format("arrow")[:]
         faults.update(columns.column("fault").drop_null().to_pylist())
         kept = rows.select(np.flatnonzero(columns.column("fault").is_null().to_numpy()))
@@ -96,12 +125,13 @@ def _prepare(config: ChatConfig, corpus: TextCorpus, tokenizer: Any, result: Pat
             facts["sequences_of_source"] = count_sources(kept["source"], config.name)
         kept = kept.select_columns(["input_ids", "trained", "pieces", "length", "bytes"])
         with quiet(bars=False):
-            splits[name] = kept.add_column("id", np.arange(len(kept)))
+            ids, before = np.arange(len(kept)), sum(map(len, splits.values()))
+            splits[name] = kept.add_column("id", ids).add_column("number", before + ids)
     save_splits(result, splits, facts | _told(faults))
 
 
-def _check(name: Role, left: int, faults: Counter[str], config: ChatConfig) -> None:
-    refused = {reason: count for reason, count in faults.items() if reason not in (_TOO_LONG, _OUT_OF_REACH)}
+def _check(name: Role, left: int, faults: Counter[str], config: ChatConfig | PairsConfig) -> None:
+    refused = {reason: count for reason, count in faults.items() if reason not in (TOO_LONG, OUT_OF_REACH)}
     if sum(refused.values()) > config.max_bad_rows:
         raise DataError(
             f"the chat template does not serve {sum(refused.values())} of the conversations: {'; '.join(refused)}",
@@ -117,29 +147,21 @@ def _check(name: Role, left: int, faults: Counter[str], config: ChatConfig) -> N
 def _told(faults: Counter[str]) -> dict[str, Any]:
     """What was left out, and the warnings of it."""
     warnings = [f"{count:,} conversations are left out: {reason}" for reason, count in faults.most_common(5)]
-    by_length = {reason: faults[reason] for reason in (_TOO_LONG, _OUT_OF_REACH)}
+    by_length = {reason: faults[reason] for reason in (TOO_LONG, OUT_OF_REACH)}
     others = faults.total() - sum(by_length.values())
     return {"left_out": by_length | {"refused by the template": others}, "warnings": warnings}
 
 
-def _encoded(config: ChatConfig, texts: Dataset, tokenizer: Any, name: Role, scratch: Path) -> Dataset:
+def _encoded(config: ChatConfig | PairsConfig, texts: Dataset, encode_some: Any, name: Role, scratch: Path) -> Dataset:
     """All conversations of a split, the unfit ones too, those of each source together."""
     sources = np.asarray(texts["source"])
     tables = []
     for source in np.unique(sources):
-        encode_some = functools.partial(
-            _encode,
-            tokenizer=tokenizer,
-            learn=config.learn,
-            room=config.max_length,
-            too_long=config.too_long,
-            source=int(source),
-        )
         tables.append(
             map_texts(
                 texts.select(np.flatnonzero(sources == source)).select_columns("text"),
-                encode_some,
-                _FEATURES,
+                functools.partial(encode_some, source=int(source)),
+                FEATURES,
                 processes=config.tokenize_processes,
                 scratch=scratch,
                 title=f"Tokenizing {name} {source + 1}",
@@ -148,37 +170,50 @@ def _encoded(config: ChatConfig, texts: Dataset, tokenizer: Any, name: Role, scr
     return concatenate_datasets(tables)
 
 
-def _encode(texts: list[str], *, tokenizer: Any, learn: Any, room: int, too_long: str, source: int) -> dict[str, Any]:
+def _encode_some(texts: list[str], *, encode_one: EncodeOne, tokenizer: Any, source: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for text in texts:
         try:
-            encoded = encode(messages_in(text), tokenizer, learn)
+            rows += encode_one(text, tokenizer)
         except Unfit as reason:
-            rows.append(_row(Encoded([], []), tokenizer, fault=str(reason)))
-            continue
-        longer = len(encoded.input_ids) > room
-        if longer and too_long == "drop":
-            rows.append(_row(Encoded([], []), tokenizer, fault=_TOO_LONG, cut=True))
-            continue
-        ends = range(room, len(encoded.input_ids) + room, room) if too_long == "split" else [room]
-        for end in ends:
-            piece = Encoded(encoded.input_ids[end - room : end], encoded.trained[end - room : end])
-            # The first token of a sequence is given, and never learnt.
-            fault = None if any(piece.trained[1:]) else _OUT_OF_REACH
-            rows.append(_row(piece, tokenizer, fault=fault, cut=longer))
-    return {name: [source if name == "source" else row[name] for row in rows] for name in _FEATURES}
+            rows.append(row_of([], tokenizer, fault=str(reason)))
+    return {name: [source if name == "source" else row[name] for row in rows] for name in FEATURES}
 
 
-def _row(piece: Encoded, tokenizer: Any, *, fault: str | None = None, cut: bool = False) -> dict[str, Any]:
-    learnt = [token for token, trained in zip(piece.input_ids, piece.trained, strict=True) if trained]
+def encode_chat(text: str, tokenizer: Any, *, learn: Any, room: int, too_long: str) -> list[dict[str, Any]]:
+    """A conversation as a row, or as several.
+
+    Raises:
+        Unfit: the template does not serve.
+    """
+    encoded = encode(messages_in(text), tokenizer, learn)
+    longer = len(encoded.input_ids) > room
+    if longer and too_long == "drop":
+        return [row_of([], tokenizer, fault=TOO_LONG, cut=True)]
+    ends = range(room, len(encoded.input_ids) + room, room) if too_long == "split" else [room]
+    pieces = [Encoded(encoded.input_ids[end - room : end], encoded.trained[end - room : end]) for end in ends]
+    return [row_of([piece], tokenizer, cut=longer) for piece in pieces]
+
+
+def row_of(pieces: Sequence[Encoded], tokenizer: Any, *, fault: str | None = None, cut: bool = False) -> dict[str, Any]:
+    """Pieces end to end; one with nothing to learn makes them unfit."""
+    trained = [mark for piece in pieces for mark in piece.trained]
+    learnt = [[token for token, mark in zip(p.input_ids, p.trained, strict=True) if mark] for p in pieces]
+    # The first token of a sequence is given, and never learnt.
+    if not fault and not all(any(piece.trained[1:]) for piece in pieces):
+        fault = OUT_OF_REACH
     return {
-        "input_ids": piece.input_ids,
-        "trained": piece.trained,
-        "pieces": [len(piece.input_ids)],
-        "length": len(piece.input_ids),
-        "bytes": len(tokenizer.decode(learnt, skip_special_tokens=True).encode()),
+        "input_ids": [token for piece in pieces for token in piece.input_ids],
+        "trained": trained,
+        "pieces": [len(piece.input_ids) for piece in pieces],
+        "length": len(trained),
+        "bytes": sum(len(tokenizer.decode(tokens, skip_special_tokens=True).encode()) for tokens in learnt),
         "cut": cut,
         # An answer that is cut off ends with none of the tokens that end one.
-        "endless": cut and bool(piece.trained[-1:] == [True]) and learnt[-1] not in tokenizer.all_special_ids,
+        "endless": cut
+        and any(
+            piece.trained[-1:] == [True] and tokens[-1] not in tokenizer.all_special_ids
+            for piece, tokens in zip(pieces, learnt, strict=True)
+        ),
         "fault": fault,
     }

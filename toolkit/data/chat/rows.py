@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Value
 
-from toolkit.config import ChatConfig
+from toolkit.config import ChatConfig, SourcesConfig
 from toolkit.data.chat.messages import Layout, Message, Unfit, messages_of
 from toolkit.data.files import Part, Role, open_file
 from toolkit.data.hub import hub_splits
@@ -27,6 +27,10 @@ from toolkit.errors import DataError, ToolkitError
 
 _BYTES_FOR_A_BAR = 100_000_000
 _FEATURES = Features({"text": Value("string"), "fault": Value("string"), "where": Value("string")})
+_WHAT = ("conversations", "say how they are laid out with --data.layout")
+Canonical = Callable[[Mapping[str, Any]], str]
+What = tuple[str, str]
+"""What rows are to be, in the plural, and how to let them be that."""
 
 
 def conversations(config: ChatConfig) -> TextCorpus:
@@ -38,8 +42,39 @@ def conversations(config: ChatConfig) -> TextCorpus:
         ConfigError: a setting that cannot take effect or is out of range.
         DataError: data that is missing, or of which too many rows are no conversations.
     """
-    read = partial(_read, layout=config.layout, most=config.max_bad_rows)
-    return gather(config, read, {"kind": "chat", "layout": config.layout}, words=said)
+    canonical = partial(_conversation, layout=config.layout)
+    return gather_rows(config, canonical, _WHAT, {"kind": "chat", "layout": config.layout}, said)
+
+
+def gather_rows(
+    config: SourcesConfig, canonical: Canonical, what: What, settings: Mapping[str, Any], words: Callable[[str], str]
+) -> TextCorpus:
+    """The same for rows that `canonical` makes texts of.
+
+    Args:
+        config: where they are, and how they are split.
+        canonical: the text of a row, or `Unfit`.
+        what: the rows are to be.
+        settings: what `canonical` goes by, fit for JSON.
+        words: what a text says; picklable.
+    """
+    read = partial(_read, canonical=canonical, what=what, most=config.max_bad_rows)
+    corpus = gather(config, read, settings, words=words)
+    if corpus.facts["dropped"]["malformed"] > config.max_bad_rows:  # of all sources, or by the bound of an earlier run
+        raise DataError(
+            f"rows are no {what[0]} to learn from: {' '.join(corpus.facts['warnings'])}",
+            f"Mend them, {what[1]}, or raise --data.max_bad_rows.",
+        )
+    return corpus
+
+
+def write(value: Any) -> str:
+    """As a canonical text."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _conversation(row: Mapping[str, Any], layout: Layout) -> str:
+    return write(messages_of(row, layout))
 
 
 def messages_in(text: str) -> list[Message]:
@@ -49,15 +84,20 @@ def messages_in(text: str) -> list[Message]:
 
 def said(text: str) -> str:
     """What a canonical text says: its messages, but for the system's, which many conversations have in common."""
-    return "\n\n".join(message["content"] for message in messages_in(text) if message["role"] != "system")
+    return words_of(messages_in(text))
 
 
-def _read(place: Place, role: Role, scratch: Path, layout: Layout, most: int) -> Iterator[Rows]:
+def words_of(messages: Iterable[Message]) -> str:
+    """Of all but the system."""
+    return "\n\n".join(message["content"] for message in messages if message["role"] != "system")
+
+
+def _read(place: Place, role: Role, scratch: Path, canonical: Canonical, what: What, most: int) -> Iterator[Rows]:
     if isinstance(place, Part):
         if place.kind == "text":
             raise DataError(
-                f"{place.files[0].parent.parent} holds plain texts, not conversations",
-                "Give JSONL, JSON, Parquet, CSV or TSV with a conversation a row.",
+                f"{place.files[0].parent.parent} holds plain texts, not {what[0]}",
+                "Give JSONL, JSON, Parquet, CSV or TSV.",
             )
         sources = [(str(file), partial(_rows, file, place.kind), file.stat().st_size) for file in place.files]
     else:
@@ -65,7 +105,9 @@ def _read(place: Place, role: Role, scratch: Path, layout: Layout, most: int) ->
         rows = splits.get(role, splits["train"])
         sources = [(place.name, partial(iter, rows), rows.nbytes)]
     for name, rows_of, size in sources:
-        yield _checked(name, partial(_texts, name, rows_of, layout, most), scratch, bar=size >= _BYTES_FOR_A_BAR)
+        yield _checked(
+            name, partial(_texts, name, rows_of, canonical, what, most), scratch, bar=size >= _BYTES_FOR_A_BAR
+        )
 
 
 def _checked(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
@@ -86,25 +128,20 @@ def _checked(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
     return Rows(table.select(kept).select_columns(["text"]), faults)
 
 
-def _texts(name: str, rows_of: Any, layout: Layout, most: int) -> Iterator[dict[str, Any]]:
+def _texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int) -> Iterator[dict[str, Any]]:
     unfit: list[str] = []
     for number, row in enumerate(rows_of(), start=1):
         where = f"row {number} of {name}"
         try:
             if isinstance(row, Unfit):
                 raise row
-            messages = messages_of(row, layout)
-            yield {
-                "text": json.dumps(messages, ensure_ascii=False, separators=(",", ":")),
-                "fault": None,
-                "where": None,
-            }
+            yield {"text": canonical(row), "fault": None, "where": None}
         except Unfit as reason:
             unfit.append(f"{where}, because {reason}")
             if len(unfit) > most:
                 raise DataError(
-                    f"more than {most} rows of {name} are no conversations to learn from, as {'; '.join(unfit[:5])}",
-                    "Mend them, say how they are laid out with --data.layout, or raise --data.max_bad_rows.",
+                    f"more than {most} rows of {name} are no {what[0]} to learn from, as {'; '.join(unfit[:5])}",
+                    f"Mend them, {what[1]}, or raise --data.max_bad_rows.",
                 ) from None
             yield {"text": None, "fault": str(reason), "where": where}
 
