@@ -31,6 +31,7 @@ FREE = (
 SAFE = (
     *("strategy", "precision", "optim", "train.micro_batch", "train.eval_batch", "train.steps", "train.epochs"),
     *("train.max_grad_norm", "train.label_smoothing", "train.padding_free", "train.compile"),
+    "train.activation_checkpointing",
     *("train.on_fault", "train.spike", "train.max_rewinds"),
     *("run.eval_every", "run.early_stopping"),
 )

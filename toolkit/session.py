@@ -21,7 +21,14 @@ from torch import nn
 from toolkit.adapters import adapter_of, check_adapter, left_out
 from toolkit.checkpoint.adapted import export_adapter
 from toolkit.checkpoint.export import write_base, write_model
-from toolkit.compute import compile_blocks, compile_seconds, remove_padding, replace_dropout
+from toolkit.compute import (
+    check_checkpointing,
+    checkpoint_activations,
+    compile_blocks,
+    compile_seconds,
+    remove_padding,
+    replace_dropout,
+)
 from toolkit.config import CheckpointConfig, GenerateConfig, RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
@@ -93,6 +100,7 @@ class Session:
             shape=self.shape,
             max_grad_norm=config.train.max_grad_norm,
         )
+        check_checkpointing(config.train.activation_checkpointing, config.train.compile, self.strategy.name)
         self.low_bit = choose_low_bit(self.strategy, config.quantization, config.adapter.name)
         Trackers(config.run.trackers, Path(), "", {}, main=False)  # refuses unknown names before anything is loaded
         self._run = find_run(recipe, config)
@@ -200,6 +208,8 @@ class Session:
             self.world.on_main(lambda: self._probe(model))
         self._padding_free = padding == "none"
         blocks = compile_blocks(model, self.world.device) if self.config.train.compile else 0
+        kind = self.config.train.activation_checkpointing
+        checkpointed = checkpoint_activations(model, kind) if kind != "none" else 0
         ratio = self.config.adapter.lr_ratio or 1.0
         self.strategy.left_out = left_out(model)
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim, ratio))
@@ -217,6 +227,8 @@ class Session:
         rows["model"] = rows.get("model", {}) | parameters | quantized | adapted
         rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
         rows["training"]["padding"] = padding
+        if checkpointed:
+            rows["training"]["activations"] = f"computed again in backward, in {checkpointed} blocks ({kind})"
         if blocks:
             rows["training"]["compiled"] = f"{blocks} blocks; the first steps wait for it"
         self.world.on_main(lambda: self._write_manifest(data_fingerprint))

@@ -6,3 +6,5 @@ from toolkit.compute.cross_entropy import fuse_loss as fuse_loss
 from toolkit.compute.cross_entropy import linear_cross_entropy as linear_cross_entropy
 from toolkit.compute.dropout import replace_dropout as replace_dropout
 from toolkit.compute.padding_free import remove_padding as remove_padding
+from toolkit.compute.recompute import check_checkpointing as check_checkpointing
+from toolkit.compute.recompute import checkpoint_activations as checkpoint_activations

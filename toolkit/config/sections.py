@@ -270,6 +270,9 @@ class TrainConfig:
     """Compute on real tokens alone, with attention within each text: `auto` where the model's outputs stay the same."""
     compile: bool = False
     """Let torch compile the model's blocks (torch.compile). The first steps wait for it; worth a try on GPUs."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Keep less for backward and compute it again there: `full` keeps the inputs of each block, `selective` the results
+    of its matrix products too. Less memory for more time, and the same numbers."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes in the training loss."""
     on_fault: Literal["stop", "rewind"] = "stop"
