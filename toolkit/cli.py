@@ -39,11 +39,13 @@ class Command:
         summary: what it does, in one line.
         add_arguments: adds its options to a parser.
         run: does it, and returns the exit code; a mistake of the user is a `ToolkitError`.
+        passes_on: options that it does not know are not refused, but given to `run` as `rest`.
     """
 
     summary: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int]
+    passes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Group:
 
     Attributes:
         summary: what they are about, in one line.
-        module: holds them as `COMMANDS`: name → (summary, add_arguments, run); imported when the group is chosen.
+        module: holds them as `COMMANDS`: name → the fields of a `Command`; imported when the group is chosen.
     """
 
     summary: str
@@ -119,6 +121,10 @@ def _run_command(command: Command, program: str, words: list[str]) -> int:
     parser = _Parser(prog=program, description=command.summary)
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if command.passes_on:
+        arguments, rest = parser.parse_known_args(words)
+        arguments.rest = rest
+        return command.run(arguments)
     # Intermixed, or `RUN --json TEXT` would end at the option: argparse gives `*` nothing before it.
     return command.run(parser.parse_intermixed_args(words))
 
@@ -217,6 +223,7 @@ COMMANDS: dict[str, Command | Group] = {
     "checkpoint": Group(
         "list, verify, export, convert or remove the checkpoints of a run", "toolkit.checkpoint.commands"
     ),
+    "data": Group("show what a recipe makes of its data", "toolkit.data_commands"),
     "matrix": _of_module(
         "list which strategies, quantizations and adapters go together, and why not", "toolkit.matrix"
     ),

@@ -24,7 +24,7 @@ from toolkit.world import World
 
 FREE = (
     *("checkpoint", "run.dir", "run.name", "run.log_every", "run.trackers", "run.debug", "run.hang_seconds"),
-    "run.profile",
+    *("run.profile", "run.show"),
     *("data.workers", "data.tokenize_processes", "data.max_bad_rows"),
 )
 """Keys and sections that change nothing in what a run computes: they may always differ."""

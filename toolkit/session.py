@@ -43,6 +43,7 @@ from toolkit.optim import Schedule, adamw, build_schedule
 from toolkit.overview import manifest, overview
 from toolkit.pace import Pace
 from toolkit.precision import choose_precision
+from toolkit.preview import preview
 from toolkit.probe import probe_gradients
 from toolkit.profiler import Profiler, refuse_in_vain, span
 from toolkit.progress import Progress
@@ -55,6 +56,10 @@ from toolkit.strategies import choose_low_bit, choose_strategy
 from toolkit.tasks import Task
 from toolkit.watchdog import Watchdog
 from toolkit.world import world
+
+
+class Previewed(Exception):
+    """What `--run.show` asked for has been shown."""
 
 
 class Interrupted(Exception):
@@ -189,7 +194,12 @@ class Session:
         Raises:
             LaunchError: the ranks do not meet, or do not hold the same settings, data and weights.
             CheckpointError: the folder holds another run.
+            Previewed: samples were asked for, and are shown.
         """
+        if self.config.run.show:
+            first = next(self._train.steps(1)).micro_batches
+            self.console.samples(preview(self._task, first, tokenizer, self.config.run.show))
+            raise Previewed
         self.world.connect()
         self.world.same_on_all_ranks("the configuration", plain(self.config))
         self.world.same_on_all_ranks("the data", data_fingerprint)

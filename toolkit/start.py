@@ -19,7 +19,7 @@ from toolkit.errors import RESUMABLE_EXIT_CODE, USER_ERROR_EXIT_CODE, ToolkitErr
 from toolkit.report import Console
 from toolkit.requirements import check_versions
 from toolkit.runs import Finished
-from toolkit.session import Interrupted
+from toolkit.session import Interrupted, Previewed
 from toolkit.signals import ignore_all
 
 INTERRUPTED_EXIT_CODE = 130
@@ -67,6 +67,8 @@ def _run(main: Callable[[Settings], object], config_class: type[Settings], descr
             "A new run: --checkpoint.resume never, or another --run.dir. To train on: --train.steps N "
             "--checkpoint.allow_change train.steps."
         )
+    except Previewed:
+        pass
     except Interrupted:
         ignore_all()  # a launcher that misses one rank sends the others a signal
         raise SystemExit(RESUMABLE_EXIT_CODE) from None

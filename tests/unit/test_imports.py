@@ -46,6 +46,7 @@ FLOORS = (
     "progress",
     "recovery",
     "report",
+    "preview",
     "journal",
     "overview",
     "runs",
@@ -57,6 +58,7 @@ FLOORS = (
     "merge",
     "matrix",
     "serve",
+    "data_commands",
     "cli",
 )
 """The modules and packages of `toolkit`, lowest first. A new one gets its place here, and in the architecture page."""

@@ -402,6 +402,8 @@ class RunConfig:
     steps; `None` never does."""
     profile: Count | None = None
     """Trace so many steps, after the first few, and say where their time goes. By default none."""
+    show: Count | None = None
+    """Show so many training samples as the model would see them, with what of them is learnt, and end there."""
     debug: bool = False
     """Show the traceback of an error."""
 

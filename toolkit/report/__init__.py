@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from toolkit.report.console import Console
+from toolkit.report.console import Console, Shown
 from toolkit.report.folder import RunFolder, build_manifest, redact, versions
 from toolkit.report.trackers import Trackers
 
-__all__ = ["Console", "RunFolder", "Trackers", "build_manifest", "redact", "versions", "write_html"]
+__all__ = ["Console", "RunFolder", "Shown", "Trackers", "build_manifest", "redact", "versions", "write_html"]
 
 
 def write_html(folder: Path) -> Path:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import NamedTuple, Protocol, Self, TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -51,6 +51,13 @@ class ProgressReport(Protocol):
 
     def update(self, step: int, loss: float, samples_per_second: float, **more: float) -> None:
         """Show that `step` optimizer steps are done; `lr` and other figures of the step go in `more`."""
+
+
+class Shown(NamedTuple):
+    """A row of tokens to be shown: what it is, and its runs of tokens as (kind, text, number of tokens)."""
+
+    title: str
+    parts: Sequence[tuple[str, str, int]]
 
 
 class Console:
@@ -92,6 +99,27 @@ class Console:
             curve = "\n".join(learning_rate_plot(learning_rates, min(72, self._out.width - 14)))
             self._out.print(Text("learning rate", style="bold cyan"))
             self._out.print(Text(curve, style="cyan"), soft_wrap=True)
+            self._out.print()
+
+    def samples(self, samples: Sequence[Shown]) -> None:
+        """Show samples as a model sees them; where there are no colours, what is learnt stands in ⟦brackets⟧."""
+        if self.quiet:
+            return
+        styles = {"learnt": "bold green", "given": "", "padding": "dim"}
+        if any(kind == "learnt" for sample in samples for kind, _, _ in sample.parts):
+            legend = "learnt" if self._out.color_system else "⟦learnt⟧"
+            self._out.print(Text.assemble((legend, styles["learnt"]), " and the rest is given; ▒ is padding\n"))
+        for number, sample in enumerate(samples, start=1):
+            counts = {kind: sum(size for name, _, size in sample.parts if name == kind) for kind in styles}
+            told = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+            heading = f"{number}{f' · {_clean(sample.title)}' if sample.title else ''} · tokens: {told}"
+            self._out.print(Text(heading, style="bold cyan"))
+            text = Text()
+            for kind, words, size in sample.parts:
+                words = f"▒×{size}" if kind == "padding" else _clean(words)
+                marked = kind == "learnt" and not self._out.color_system
+                text.append(f"⟦{words}⟧" if marked else words, style=styles[kind])
+            self._out.print(text, soft_wrap=False)
             self._out.print()
 
     def label_balance(self, counts: Mapping[str, Mapping[str, int]]) -> None:

@@ -60,6 +60,14 @@ class Task(ABC):
         """Why this sample cannot be trained on, or an empty string: a pure function of the sample."""
         return ""
 
+    def learnt(self, batch: Batch) -> torch.Tensor:
+        """Which tokens of `input_ids` are predicted, as they are: (B, L) bool; by default none."""
+        return torch.zeros_like(batch.inputs["input_ids"], dtype=torch.bool)
+
+    def title(self, batch: Batch, row: int) -> str:
+        """What a row of `batch` is, for a reader: its label, its place in the sample; empty where that is plain."""
+        return ""
+
     @abstractmethod
     def units(self, batch: Batch) -> int:
         """Units of `batch` that count."""

@@ -63,6 +63,10 @@ class Classification(Task):
             return f"label {label!r:.40} is not among the {len(self.labels)} classes"
         return ""
 
+    def title(self, batch: Batch, row: int) -> str:
+        """The class."""
+        return f"label: {self.labels[int(batch.labels[row])]}"
+
     def units(self, batch: Batch) -> int:
         """Samples that count."""
         return len(batch.ids)

@@ -84,6 +84,12 @@ class LanguageModeling(Task):
             return f"it has a piece of {pieces.max()} tokens, of which the model takes {self.positions}"
         return problem_of_tokens(row["input_ids"], self.vocabulary, None)
 
+    def learnt(self, batch: Batch) -> torch.Tensor:
+        """Those that are the label of the position before."""
+        learnt = torch.zeros_like(batch.labels, dtype=torch.bool)
+        learnt[:, 1:] = batch.labels[:, :-1] != IGNORED
+        return learnt
+
     def units(self, batch: Batch) -> int:
         """Tokens that are predicted."""
         return int((batch.labels != IGNORED).sum())

@@ -120,6 +120,10 @@ class Preferences(LanguageModeling):
         """As of texts; or it is no pair."""
         return super().problem(row) or ("" if len(row["pieces"]) == 2 else "it is not two answers")
 
+    def title(self, batch: Batch, row: int) -> str:
+        """Which answer of its pair it has."""
+        return "the other answer" if row % 2 else "the preferred answer"
+
     def units(self, batch: Batch) -> int:
         """Pairs."""
         return len(batch.ids)
