@@ -202,6 +202,10 @@ def test_the_options_of_a_recipe_parse(command: Command, monkeypatch: pytest.Mon
     if launcher[:2] == ("accelerate", "launch"):
         asked = launch_command_parser().parse_args([*launcher[2:], recipe])
         assert asked.config_file is None or exists(asked.config_file, command.block.page)
+    elif launcher == ("toolkit", "data", "show"):
+        if "--samples" in options:
+            place = options.index("--samples")
+            del options[place : place + 2]
     else:
         assert launcher == ("python",)
     if command.fails:
