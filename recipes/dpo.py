@@ -44,7 +44,7 @@ class Config:
     adapter: AdapterConfig = AdapterConfig(name="lora")
     data: PairsConfig = PairsConfig()
     preference: PreferenceConfig = PreferenceConfig()
-    train: TrainConfig = TrainConfig(epochs=1, global_batch=16, micro_batch=4, eval_batch=8)
+    train: TrainConfig = TrainConfig(epochs=1, global_batch=16, eval_batch=16)
     optim: OptimConfig = OptimConfig(lr=5e-5, betas=(0.9, 0.95), weight_decay=0.0, schedule="cosine")
     precision: Precision = "auto"
     """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
