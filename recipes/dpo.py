@@ -42,10 +42,10 @@ class Config:
 
     model: ModelConfig = ModelConfig(name="sample:smollm2")
     adapter: AdapterConfig = AdapterConfig(name="lora")
-    data: PairsConfig = PairsConfig()
+    data: PairsConfig = PairsConfig(validation_share=0.05, test_share=0.1)
     preference: PreferenceConfig = PreferenceConfig()
     train: TrainConfig = TrainConfig(epochs=1, global_batch=16, eval_batch=16)
-    optim: OptimConfig = OptimConfig(lr=5e-5, betas=(0.9, 0.95), weight_decay=0.0, schedule="cosine")
+    optim: OptimConfig = OptimConfig(lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0, schedule="cosine")
     precision: Precision = "auto"
     """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
     quantization: Quantization = "none"
