@@ -7,7 +7,7 @@ from typing import Any
 
 from toolkit.config import RecipeConfig, plain
 from toolkit.progress import Progress
-from toolkit.report import Console, RunFolder, Trackers, write_html
+from toolkit.report import Console, RunFolder, Trackers, model_card, write_html
 from toolkit.report.step_time import step_time_notes, step_time_rows
 from toolkit.world import World
 
@@ -74,6 +74,10 @@ class Journal:
         """Write report.json and report.html. For rank 0 alone."""
         self._folder.write_report(self.report)
         write_html(self._folder.path)
+
+    def write_card(self) -> None:
+        """Write the README of the saved model. For rank 0 alone, after the report."""
+        self._folder.write_card(model_card(self.report, self._folder.read_manifest()))
 
     def summary(self) -> None:
         """Show the final figures."""

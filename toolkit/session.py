@@ -399,6 +399,8 @@ class Session:
         self.describe(before=before, test=test, majority=majority, predict=command)
         self._close_report("finished")
         self.world.on_main(self._journal.write_report)
+        if self.config.checkpoint.save_model:
+            self.world.on_main(self._journal.write_card)
         self._journal.summary()
 
     def __exit__(

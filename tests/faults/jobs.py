@@ -174,7 +174,9 @@ def differences(run: Path, reference: Path) -> list[str]:
     if read_manifest(ours_saved)["scaler"] != read_manifest(theirs_saved)["scaler"]:
         found.append("the loss scale")
     models = [
-        {path.name: path.read_bytes() for path in sorted((folder / "model").iterdir())} for folder in (run, reference)
+        # But for the card, which says how it was made: from which file, under which strategy.
+        {path.name: path.read_bytes() for path in sorted((folder / "model").iterdir()) if path.name != "README.md"}
+        for folder in (run, reference)
     ]
     found += [f"model/{name}" for name in models[0] | models[1] if models[0].get(name) != models[1].get(name)]
     return found + _gaps(run)

@@ -119,6 +119,9 @@ def test_what_is_preferred_is_learnt(loss: str, job: list[str], there: Path, tmp
     assert (tmp_path / "run" / "reference").exists() == (loss != "orpo")
     for said in ("reward margin", "reward accuracy", "pairs", "never whole", "lora of rank 4", f"{loss}, beta 0.1"):
         assert said in shown
+    read_me = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"| Reward accuracy | {before['reward_accuracy']:.4f} | 1.0000 |" in read_me
+    assert str(there) not in read_me
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Preferred answer likelier" in page
     AutoModelForCausalLM.from_pretrained(there / "model").load_adapter(str(tmp_path / "run" / "model"))

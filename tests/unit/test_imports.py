@@ -68,6 +68,7 @@ LATE = {
         "toolkit.report",
         "toolkit.report.html",
     ): "matplotlib takes a second to import, and every rank imports the package",
+    ("toolkit.report", "toolkit.report.card"): "with the names of the page's figures",
     ("toolkit.cli", "toolkit.samples"): "with numpy, which the other commands can do without",
     ("toolkit.checkpoint.commands", "toolkit.checkpoint.samples_command"): "with numpy, too",
     ("toolkit.checkpoint.commands", "toolkit.checkpoint.joined"): "with torch, which a listing can do without",

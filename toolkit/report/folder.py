@@ -85,6 +85,10 @@ class RunFolder:
         """Write `report.html`; `toolkit.report.write_html` makes the text of it."""
         _write(self.html_path, html)
 
+    def write_card(self, text: str) -> None:
+        """Write the README of the saved model, which is there."""
+        _write(self.path / "model" / "README.md", text)
+
     def append_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append one JSON object a line to `metrics.jsonl` and flush; a number that is not finite becomes null."""
         text = "".join(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n" for line in lines)

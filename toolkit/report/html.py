@@ -24,7 +24,7 @@ from toolkit.report.step_time import step_time_bar, step_time_rows
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _XLINK = "{http://www.w3.org/1999/xlink}"
-_FIGURES = (
+FIGURES = (
     ("Accuracy", "accuracy"),
     ("Macro precision", "macro_precision"),
     ("Macro recall", "macro_recall"),
@@ -39,6 +39,7 @@ _FIGURES = (
     ("Loss", "loss"),
     ("Samples or tokens", "units"),
 )
+"""Of an evaluation: what each is called, and its key."""
 _TILES = (
     ("Test accuracy", "accuracy"),
     ("Test macro F1", "macro_f1"),
@@ -204,7 +205,7 @@ def _tiles(run: _Run) -> str:
 
 def _test_cards(run: _Run) -> Iterable[str]:
     before, test = run.part("before"), run.part("test")
-    rows = [(name, before.get(key), test.get(key)) for name, key in _FIGURES if key in before or key in test]
+    rows = [(name, before.get(key), test.get(key)) for name, key in FIGURES if key in before or key in test]
     if rows:
         if run.report.get("majority") is not None:
             rows.insert(1, ("Majority label", run.report["majority"], run.report["majority"]))
