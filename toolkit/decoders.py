@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from toolkit.config import DecoderConfig, ModelConfig
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.models import Origin, first_line, freeze, set_dropout, source_of, unreadable
+from toolkit.sharing import once_a_node
 
 _SIZES = ("architecture", "layers", "hidden_size", "heads", "kv_heads", "mlp_size", "rope_theta", "tie_embeddings")
 """What a new decoder reads, and one that is there has."""
@@ -32,9 +34,17 @@ def load_decoder(config: DecoderConfig | ModelConfig, tokenizer: Any, max_length
         ModelError: the model is not there, is no language model, or has too few embeddings for the tokenizer.
         ConfigError: sizes that do not go together or have no effect, or `freeze` matches nothing, or everything.
     """
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    load = functools.partial(_load_decoder, config, tokenizer, vocabulary, max_length, seed=seed)
+    return once_a_node(repr((config, vocabulary, marks, max_length, seed)), load)
+
+
+def _load_decoder(
+    config: DecoderConfig | ModelConfig, tokenizer: Any, vocabulary: int, max_length: int, *, seed: int
+) -> nn.Module:
     torch.manual_seed(seed)
     build: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
     if isinstance(config, DecoderConfig) and config.name is None:
         origin = Origin("", None, "random", ())
         network = _new_decoder(config, tokenizer, vocabulary, max_length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import threading
@@ -27,6 +28,7 @@ from toolkit import samples
 from toolkit.config import DecoderConfig, ModelConfig
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
+from toolkit.sharing import once_a_node
 
 HUB_PATIENCE = 20.0
 """Seconds that the hub has to answer in."""
@@ -90,6 +92,11 @@ def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) ->
         ModelError: the model is not there or cannot classify.
         ConfigError: `freeze` matches nothing, or everything.
     """
+    load = functools.partial(_load_classifier, config, labels, seed=seed)
+    return once_a_node(repr((config, list(labels), seed)), load)
+
+
+def _load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -> nn.Module:
     source, options = source_of(config)
     classes = dict(enumerate(labels))
     build: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}

@@ -51,6 +51,7 @@ from toolkit.quantization import checksum, describe_quantization
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, redact, versions
 from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun, refuse_other_data
+from toolkit.sharing import stop_offering
 from toolkit.signals import StopRequest
 from toolkit.strategies import choose_low_bit, choose_strategy
 from toolkit.tasks import Task
@@ -204,6 +205,7 @@ class Session:
         self.world.same_on_all_ranks("the configuration", plain(self.config))
         self.world.same_on_all_ranks("the data", data_fingerprint)
         self.world.same_on_all_ranks("the initial weights", [checksum(p) for p in model.parameters()])
+        stop_offering()
         total, trainable = parameter_counts(model)
         quantized = describe_quantization(model)
         adapter = adapter_of(model)

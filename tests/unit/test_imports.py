@@ -29,6 +29,7 @@ FLOORS = (
     "samples",
     "order",
     "precision",
+    "sharing",
     "models",
     "decoders",
     "compute",

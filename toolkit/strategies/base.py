@@ -213,7 +213,7 @@ class TorchStrategy(Strategy):
 
     def setup(self, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
         """Wrap, then build the optimizer over the wrapped parameters."""
-        self.model = self.wrap(model.to(self.world.device))
+        self.model = self.wrap(model)
         self.optimizer = build_optimizer(self.model)
         self.scaler = LossScaler(self.precision.name == "fp16")
         reduced = self.precision.reduced and not self.casts
@@ -222,7 +222,7 @@ class TorchStrategy(Strategy):
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` laid over the ranks."""
+        """`model`, which is on the CPU, laid over the ranks and on their devices."""
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Nothing to hold back on one rank."""

@@ -41,7 +41,7 @@ class DDP(TorchStrategy):
         """Gradients live in the buckets that are reduced, so they are not copied."""
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, _SYNC_BUFFERS: False}
-        wrapped = DistributedDataParallel(model, **options)
+        wrapped = DistributedDataParallel(model.to(self.world.device), **options)
         compression.compress(wrapped, self.config)
         return wrapped
 

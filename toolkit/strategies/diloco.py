@@ -49,7 +49,7 @@ class DiLoCo(TorchStrategy):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """As it is."""
-        return model
+        return model.to(self.world.device)
 
     def setup(self, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
         """Beside the optimizer there are the weights of the last meeting, and its momentum."""

@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from toolkit.errors import ConfigError
 from toolkit.models import repeated_blocks
-from toolkit.quantization import without_low_bits
+from toolkit.quantization import describe_quantization, without_low_bits
 from toolkit.strategies.base import Layout, TorchStrategy
 from toolkit.strategies.state import FlatShard, whole
 
@@ -50,7 +50,9 @@ class FSDP(TorchStrategy):
             )
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Shard the repeated blocks one by one, then what is left at the root."""
+        """Shard the repeated blocks one by one, then what is left at the root: no device holds more than one whole."""
+        if describe_quantization(model):
+            model.to(self.world.device)  # bitsandbytes moves more than its parameters
         if self.world.size == 1:
             self.world.form_group()
         options: dict[str, Any] = {"mesh": self._mesh(), "mp_policy": self._mixed_precision()}

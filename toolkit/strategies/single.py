@@ -28,4 +28,4 @@ class Single(TorchStrategy):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """As it is."""
-        return model
+        return model.to(self.world.device)

@@ -57,9 +57,9 @@ class Zero(Strategy):
         deepspeed = import_deepspeed(self.world.device)
         config = self._engine_config()
         # DeepSpeed rounds the weights to the reduced precision before it copies its fp32 masters from them.
-        masters = {n: p.detach().clone() for n, p in model.named_parameters()} if self.precision.reduced else {}
+        masters = {n: p.detach() for n, p in model.named_parameters()} if self.precision.reduced else {}
         # It keeps no master of what is frozen: a checkpoint gets the weights as they came.
-        self._frozen = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if not p.requires_grad}
+        self._frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
         if self.world.size == 1:
             self.world.form_group()
         with quiet():
