@@ -145,7 +145,7 @@ def test_no_secret_and_no_pickle_is_left(stopped: Path, job: list[str]) -> None:
         assert path.suffix in KNOWN or path.name.startswith("events.out.tfevents.") or path.name == ".lock", path
 
 
-KNOWN = {".json", ".jsonl", ".yaml", ".yml", ".html", ".safetensors", ".txt", ".sha256"}
+KNOWN = {".json", ".jsonl", ".yaml", ".yml", ".html", ".md", ".safetensors", ".txt", ".sha256"}
 
 
 def is_pickle(content: bytes) -> bool:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from toolkit.errors import ConfigError
+from toolkit.models import repeated_blocks
 from toolkit.optim import set_learning_rate
-from toolkit.quantization import without_low_bits
+from toolkit.quantization import describe_quantization, without_low_bits
 from toolkit.strategies.base import BuildOptimizer, Layout, Strategy, Update, persistent_buffers
 from toolkit.strategies.deepspeed_config import engine_config
 from toolkit.strategies.deepspeed_library import import_deepspeed, quiet
@@ -66,7 +67,8 @@ class Zero(Strategy):
             if not deepspeed.comm.is_initialized():
                 backend = "gloo" if self.world.device.type == "cpu" else "nccl"
                 deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-            optimizer = build_optimizer(model.to(self.world.device))
+            optimizer = build_optimizer(model)  # which asks for the shapes that stage 3 takes away
+            self._place(deepspeed, model, config)
             try:
                 engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
             except (AssertionError, ValueError) as error:
@@ -205,6 +207,19 @@ class Zero(Strategy):
         self.engine.destroy()
         del self.engine, self.optimizer
         super().teardown()
+
+    def _place(self, deepspeed: Any, model: nn.Module, config: dict[str, Any]) -> None:
+        """On the device of this rank: under stage 3 block by block, each partitioned before the next one comes."""
+        if self.stage != 3 or describe_quantization(model):
+            model.to(self.world.device)
+            return
+        for part in (*repeated_blocks(model), model):
+            for parameter in part.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(self.precision.dtype)
+            deepspeed.zero.Init(module=part, config_dict_or_path=config, dtype=self.precision.dtype)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(self.world.device)
 
     def _put_back_frozen(self) -> None:
         deepspeed = import_deepspeed(self.world.device)
