@@ -214,6 +214,28 @@ def test_slower_frequencies_are_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert by[-1] == pytest.approx(4)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "stated"),
+    [
+        ({"rope_type": "linear"}, {"type": "linear", "factor": 4.0, "original_context_length": None}),
+        ({"rope_type": "yarn"}, {"type": "yarn", "factor": 4.0, "original_context_length": 128}),
+        (
+            {"rope_type": "yarn", "original_max_position_embeddings": 32},
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32},
+        ),
+    ],
+)
+def test_scaling_is_stated(
+    scaling: dict[str, Any], stated: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rope = {"rope_theta": 10000.0, "factor": 4.0, **scaling}
+    folder = save(tmp_path / "model", Qwen2Config(**GROUPED, rope_parameters=rope), tokenizer_of("qwen2"))
+    target = tmp_path / "model.gguf"
+    code, said = command(capsys, folder, target)
+    assert code == 0, said
+    assert {name: field(target, f"qwen2.rope.scaling.{name}") for name in stated} == stated
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 5e-2)])
 def test_rounded_weights(
     dtype: str, bound: float, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -393,7 +415,14 @@ def change(folder: Path, file: str = "config.json", **values: Any) -> None:
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "this llama has rotary scaling of type dynamic",
         ),
-        ({"model_type": "opt"}, "a opt cannot be written as GGUF by this command → It knows these types of models:"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 16}},
+            "this llama has beta_fast = 16 of YaRN",
+        ),
+        (
+            {"model_type": "opt"},
+            "a model of type opt cannot be written as GGUF by this command → It knows these types of models:",
+        ),
         ({"model_type": "optt"}, "config.json cannot be understood"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "holds a classifier"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "this qwen2 has use_sliding_window = True"),

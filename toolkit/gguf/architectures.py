@@ -75,7 +75,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     known = ARCHITECTURES.get(config.model_type)
     if known is None:
         raise ModelError(
-            f"a {config.model_type} cannot be written as GGUF by this command",
+            f"a model of type {config.model_type} cannot be written as GGUF by this command",
             f"It knows these types of models: {', '.join(ARCHITECTURES)}.",
         )
     for name, values in known.settings.items():
