@@ -45,6 +45,29 @@ def written_aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def file_written_aside(target: Path) -> Iterator[Path]:
+    """A new file, in a hidden folder beside `target`; it takes its place when the block ends, and goes where it fails.
+
+    Raises:
+        CheckpointError: there is no room, or no permission to write.
+    """
+    aside = target.with_name(f".writing_{target.name}")
+    try:
+        _remove(aside)
+        aside.mkdir()
+        yield aside / target.name
+        _finish(aside)
+        (aside / target.name).replace(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written: {error}", "Check the free space and the permissions of its folder."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def contained(folder: Path, name: object) -> Path:
     """The regular file of this name in `folder`; in a snapshot of the hub's cache, the blob that its link leads to.
 

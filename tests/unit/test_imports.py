@@ -57,6 +57,7 @@ FLOORS = (
     "plan",
     "predict",
     "merge",
+    "gguf",
     "matrix",
     "serve",
     "data_commands",

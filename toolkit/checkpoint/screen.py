@@ -63,9 +63,15 @@ def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
 @contextmanager
 def reading(folders: Sequence[Path]) -> Iterator[Advance]:
     """A bar on standard error while folders are read, where that takes long; to be told of the bytes."""
-    total = sum(map(size_of, folders))
+    with bar_of_bytes("reading", sum(map(size_of, folders))) as advance:
+        yield advance
+
+
+@contextmanager
+def bar_of_bytes(doing: str, total: int) -> Iterator[Advance]:
+    """A bar on standard error, where there is much to do; to be told of the bytes."""
     bar = Progress(
-        TextColumn("reading"),
+        TextColumn(doing),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

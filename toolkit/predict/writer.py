@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,30 @@ class Written:
     continuation: str
 
 
+def load_saved(folder: Path) -> tuple[Any, Any]:
+    """The language model in a folder, in fp32 on the CPU, and its tokenizer; an adapter stands on its base.
+
+    Raises:
+        ModelError: the files are damaged, or hold no language model.
+    """
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        refuse_strays(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        if (folder / FILE).is_file():  # an adapter, whose base comes from where the run had it from
+            return load_adapted(folder).get_base_model(), tokenizer
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **options
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
+        raise ModelError(
+            f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
+        ) from error
+    return model, tokenizer
+
+
 class Writer:
     """A saved language model, ready to write in fp32.
 
@@ -51,22 +76,7 @@ class Writer:
         gpu = torch.cuda.is_available()
         if device == "cuda" and not gpu:
             raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            refuse_strays(saved.folder)
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(saved.folder, **options)
-            if (saved.folder / FILE).is_file():  # an adapter, whose base comes from where the run had it from
-                self._model = load_adapted(saved.folder).get_base_model()
-            else:
-                self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                    saved.folder, dtype=torch.float32, use_safetensors=True, **options
-                )
-        except ModelError:
-            raise
-        except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
-            raise ModelError(
-                f"the model in {saved.folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
-            ) from error
+        self._model, self._tokenizer = load_saved(saved.folder)
         chat = bool(getattr(self._tokenizer, "chat_template", None))
         if plain and not chat:
             raise ConfigError("--plain has no effect on a model without a chat template", "Drop it.")
