@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from toolkit.data.loader import Loader, Step
+from toolkit.graphs import Graphs
 from toolkit.profiler import span
 from toolkit.strategies import Strategy
-from toolkit.tasks import Task
+from toolkit.tasks import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def train_step(
     learning_rate: float,
     seed: int,
     refuse: Callable[[float], str] = not_finite,
+    graphs: Graphs | None = None,
 ) -> StepResult:
     """Forward and backward over the step's micro-batches, then one update; nothing where all rows are unfit.
 
@@ -73,39 +75,50 @@ def train_step(
         learning_rate: of this step.
         seed: of the run.
         refuse: why the loss of all ranks must not be applied, or an empty text; called alike on all of them.
+        graphs: what launches the micro-batches, where that is not done kernel by kernel.
     """
     world = strategy.world
     seed_all(seed, step.number, world.rank)
     strategy.model.train()
     own_units = sum(map(task.units, step.micro_batches))
-    counts = world.sum(torch.tensor([float(own_units), float(len(step.skipped))], device=world.device))
-    units, skipped_rows = counts.unbind()
+    # Filled in, not copied from the host: an accelerator need not be waited for.
+    counts = [torch.full((), float(n), device=world.device) for n in (own_units, len(step.skipped))]
+    units, skipped = world.sum(torch.stack(counts)).unbind()
     # A rank with units knows this without waiting for the sum.
     if own_units == 0 and int(units) == 0:
         # Not even an update without a gradient: momentum and decay would move the weights.
-        return StepResult(math.nan, math.nan, 0, False, None, int(skipped_rows))
+        return StepResult(math.nan, math.nan, 0, False, None, int(skipped))
     loss, busy = torch.zeros((), device=world.device), 0.0
+
+    def learn(batch: Batch, units: torch.Tensor) -> torch.Tensor:
+        nonlocal busy
+        began = time.monotonic()
+        with span("forward"):
+            part = task.loss(strategy.forward(batch.inputs), batch) / units
+        busy += time.monotonic() - began
+        with span("backward"):
+            strategy.backward(part)
+        return part.detach()
+
     for index, batch in enumerate(step.micro_batches):
-        batch = batch.to(world.device)
         with strategy.micro_batch(last=index + 1 == len(step.micro_batches)):
-            began = time.monotonic()
-            with span("forward"):
-                part = task.loss(strategy.forward(batch.inputs), batch) / units
-            busy += time.monotonic() - began
-            with span("backward"):
-                strategy.backward(part)
-        loss += part.detach()
-    own, total = float(loss), float(world.sum(loss))
+            loss += graphs.learn(batch, units, learn) if graphs else learn(batch.to(world.device), units)
+    norm = strategy.gradient_norm()
+    figures = [loss, world.sum(loss.clone()), units, skipped, *([] if norm is None else [norm])]
+    # The one time in a step that the host waits for an accelerator: what it learns is logged, and decides on the step.
+    own, total, all_units, all_skipped, *norms = torch.stack(
+        [figure.to(world.device, torch.float64) for figure in figures]
+    ).tolist()
     if fault := refuse(total):
         strategy.discard()
         fault = _with_samples(fault, strategy, step, own)
-        return StepResult(total, math.nan, int(units), False, None, int(skipped_rows), fault, busy)
+        return StepResult(total, math.nan, int(all_units), False, None, int(all_skipped), fault, busy)
     with span("update"):
-        update = strategy.update(learning_rate)
+        update = strategy.update(learning_rate, *norms)
     if not math.isfinite(update.grad_norm) and update.loss_scale is None:
         fault = _with_samples(f"the gradient norm is {update.grad_norm}", strategy, step, own)
     return StepResult(
-        total, update.grad_norm, int(units), update.applied, update.loss_scale, int(skipped_rows), fault, busy
+        total, update.grad_norm, int(all_units), update.applied, update.loss_scale, int(all_skipped), fault, busy
     )
 
 

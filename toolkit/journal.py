@@ -101,6 +101,9 @@ class Journal:
             )
         if "compile_seconds" in report:
             extra["compiling"] = f"{report['compile_seconds']:.0f} s of them (first process)"
+        if "cuda_graphs" in report:
+            graphs = report["cuda_graphs"]
+            extra["recording CUDA graphs"] = f"{graphs['seconds']:.1f} s of them, for {graphs['shapes']} shapes"
         if report["skipped_steps"]:
             extra["skipped"] = f"{report['skipped_steps']} steps, by fp16's loss scaler"
         before, test = (_figures(report[key]) for key in ("before", "test"))

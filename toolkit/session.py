@@ -35,6 +35,7 @@ from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
 from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
 from toolkit.generation import beginning, continue_texts
+from toolkit.graphs import Graphs, check_graphs, check_recordable
 from toolkit.journal import Journal
 from toolkit.memory import peak_bytes
 from toolkit.models import parameter_counts
@@ -54,6 +55,7 @@ from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun
 from toolkit.sharing import stop_offering
 from toolkit.signals import StopRequest
 from toolkit.strategies import choose_low_bit, choose_strategy
+from toolkit.strategies.base import TorchStrategy
 from toolkit.tasks import Task
 from toolkit.watchdog import Watchdog
 from toolkit.world import world
@@ -108,6 +110,8 @@ class Session:
         )
         check_checkpointing(config.train.activation_checkpointing, config.train.compile, self.strategy.name)
         self.low_bit = choose_low_bit(self.strategy, config.quantization, config.adapter.name)
+        if config.train.cuda_graphs:
+            check_graphs(self.strategy, config.train.activation_checkpointing, self.low_bit.wanted)
         Trackers(config.run.trackers, Path(), "", {}, main=False)  # refuses unknown names before anything is loaded
         self._run = find_run(recipe, config)
         self._folder: RunFolder | None = None
@@ -122,6 +126,7 @@ class Session:
         self._seconds_before = 0.0
         self._pace = Pace()
         self._profiler = Profiler(config.run.profile, self.world)
+        self._graphs: Graphs | None = None
 
     @property
     def folder(self) -> RunFolder:
@@ -219,12 +224,17 @@ class Session:
         if trainable < total and not self._run.known:
             self.world.on_main(lambda: self._probe(model))
         self._padding_free = padding == "none"
+        if self.config.train.cuda_graphs:
+            check_recordable(self._task, padding)
         blocks = compile_blocks(model, self.world.device) if self.config.train.compile else 0
         kind = self.config.train.activation_checkpointing
         checkpointed = checkpoint_activations(model, kind) if kind != "none" else 0
         ratio = self.config.adapter.lr_ratio or 1.0
         self.strategy.left_out = left_out(model)
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim, ratio))
+        if self.config.train.cuda_graphs:
+            assert isinstance(self.strategy, TorchStrategy)
+            self._graphs = Graphs(self.strategy, self._task)
         self._tokenizer = tokenizer
         self._folder = RunFolder(self.world.on_main(self._open_folder))
         check_shared(self.folder.path, self.world)
@@ -243,6 +253,8 @@ class Session:
             rows["training"]["activations"] = f"computed again in backward, in {checkpointed} blocks ({kind})"
         if blocks:
             rows["training"]["compiled"] = f"{blocks} blocks; the first steps wait for it"
+        if self._graphs is not None:
+            rows["training"]["launched"] = "as CUDA graphs, recorded when a shape comes for the second time"
         self.world.on_main(lambda: self._write_manifest(data_fingerprint))
         module: Any = self.strategy.module
         self.world.on_main(lambda: write_base(module, tokenizer, self.folder.path / "base"))
@@ -341,6 +353,7 @@ class Session:
             learning_rate=self.schedule(step.number),
             seed=self.config.run.seed,
             refuse=self._guard.refuse,
+            graphs=self._graphs,
         )
 
     def log(self, step: Step, result: StepResult) -> None:
@@ -705,7 +718,10 @@ class Session:
     def _close_report(self, status: str) -> None:
         balance = self._pace.balance() if self.world.size > 1 else None
         compiling = {"compile_seconds": compile_seconds()} if self.config.train.compile else {}
-        self.describe(balance=balance, peak_bytes=peak_bytes(self.world.device), **compiling)
+        recorded = {}
+        if self._graphs is not None:
+            recorded["cuda_graphs"] = {"shapes": len(self._graphs), "seconds": self._graphs.seconds}
+        self.describe(balance=balance, peak_bytes=peak_bytes(self.world.device), **compiling, **recorded)
         self._journal.close_report(status, self._progress, self._seconds, self._recovery.attempt)
 
     def _save_model(self) -> None:

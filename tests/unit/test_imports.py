@@ -41,6 +41,7 @@ FLOORS = (
     "optim",
     "strategies",
     "numerics",
+    "graphs",
     "engine",
     "generation",
     "checkpoint",

@@ -225,7 +225,7 @@ def test_long_texts_take_torchs_own_kernel(family: str, monkeypatch: pytest.Monk
 def test_attention_with_dropout_is_right_in_the_mean() -> None:
     """Averaged over many draws, dropped weights leave what all of them give, and so do its gradients."""
     torch.manual_seed(0)
-    texts = Texts(torch.arange(24) < torch.tensor([24, 17, 9])[:, None])
+    texts = Texts(torch.arange(24) < torch.tensor([24, 17, 9])[:, None], torch.device("cpu"))
     rows = [torch.randn(1, 2, 64, 8).requires_grad_() for _ in range(3)]
     direction = torch.randn(1, 64, 2, 8) * (torch.arange(64) < texts.tokens)[None, :, None, None]
 

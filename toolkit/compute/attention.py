@@ -49,6 +49,9 @@ def attend(
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may have made them wider
+    if _ragged(query, position_bias):
+        found = _by_bounds(pairs, query, key, value, causal, sliding_window, scaling, dropout)
+        return found.unsqueeze(0), None
     slots = [
         torch.split(room.spread(tensor[0].transpose(0, 1)), room.sizes)
         for tensor, room in ((query, pairs.queries), (key, pairs.keys), (value, pairs.keys))
@@ -66,6 +69,44 @@ def attend(
             bias = position if bias is None else bias if position is None else bias + position
             parts.append(_fused(group, members, bias, scale=scaling, dropout_p=dropout, is_causal=halved))
     return pairs.queries.join(torch.cat(parts)).unsqueeze(0), None
+
+
+def _ragged(query: torch.Tensor, position_bias: torch.Tensor | None) -> bool:
+    """Whether there is a kernel that takes texts of any lengths as they lie in the row."""
+    size = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and position_bias is None and size <= 256 and size % 8 == 0
+
+
+def _by_bounds(
+    pairs: Pairs,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool,
+    window: int | None,
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
+    """By torch's FlashAttention (Dao 2023), which is given where texts end: (row, heads, size)."""
+    # Not by `torch.nn.attention.varlen`, which has no dropout. The filler is a text of its own, so that what it shows
+    # is a number.
+    rows, columns = pairs.of_queries, pairs.of_keys
+    reach = None if window is None else window - 1
+    found: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        rows.bounds,
+        columns.bounds,
+        rows.longest,
+        columns.longest,
+        dropout,
+        causal,
+        False,
+        scale=scaling,
+        window_size_left=reach,
+        window_size_right=0 if causal else reach,
+    )[0]
+    return found
 
 
 def _fused(group: Group, members: list[torch.Tensor], bias: torch.Tensor | None, **options: Any) -> torch.Tensor:

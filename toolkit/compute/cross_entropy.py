@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from toolkit.compute.host import on_device, on_host
 from toolkit.compute.padding_free import short_texts
 from toolkit.errors import ModelError
 
 IGNORED = -100
 """The label of a token that does not count, as in torch and transformers."""
-CHUNK = 2**24
+CHUNK, CHUNK_ON_GPU = 2**24, 2**27
 """Logits at a time. Each chunk passes once over the gradient of the weight, so it must have many tokens: these are 128
-of the largest vocabularies of today; and it is 64 MiB in fp32, less than that gradient has."""
+of the largest vocabularies of today, 1,024 on a GPU, whose products are fast beside its memory; and it is 64 MiB in
+fp32, less than that gradient has, or 512 MiB."""
 PART = 2**21
 """Elements of a gradient at a time, where it is converted: so few that their memory is used again and again."""
 FP16_SCALE = 2.0**15
@@ -36,13 +38,15 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of `softmax(hidden @ weight.T + bias)`, summed over the labels that count.
 
+    On a GPU it waits for nothing where the host knows the labels (`compute.host`).
+
     The gradients are computed along with the loss, those alone that are needed; they can be had by `backward` as often
     as the graph is retained, but not be differentiated again. The weight may be another, or away, in `backward`.
 
     Args:
-        hidden: (tokens, width), in fp32, bf16 or fp16.
+        hidden: (…, width), in fp32, bf16 or fp16.
         weight: (vocabulary, width), in the same dtype.
-        labels: (tokens,) int64; -100 does not count, and costs nothing.
+        labels: (…) int64; -100 does not count, and costs nothing.
         bias: (vocabulary,).
 
     Returns:
@@ -54,9 +58,10 @@ def linear_cross_entropy(
     # torch's own       3.2    158        5.8    332                2.0e-2                      2.7e-3
     # here              2.7    152        1.1    217                2.5e-6                      1.9e-3
     # logits            2.9    746        1.3    750                2.5e-6                      1.6e-3
-    counted = (labels != IGNORED).nonzero().squeeze(1)
+    counted = on_device((on_host(labels).flatten() != IGNORED).nonzero().squeeze(1), hidden.device)
     # The types are those of the weight, whatever autocast would make of them.
-    inputs = (hidden.index_select(0, counted).to(weight.dtype), weight, bias, labels[counted])
+    chosen = hidden.flatten(0, -2).index_select(0, counted).to(weight.dtype)
+    inputs = (chosen, weight, bias, labels.flatten().index_select(0, counted))
     with torch.autocast(hidden.device.type, enabled=False):
         return _Loss.apply(*inputs, torch.is_grad_enabled())  # type: ignore[no-any-return,no-untyped-call]
 
@@ -78,12 +83,11 @@ def text_losses(
     Returns:
         (texts,) in fp32; 0 with gradients of 0 for a text in which no label counts.
     """
-    text, position = (labels != IGNORED).nonzero(as_tuple=True)
+    text, position = (on_device(at, hidden.device) for at in (on_host(labels) != IGNORED).nonzero(as_tuple=True))
     counted, wanted = hidden[text, position].to(weight.dtype), labels[text, position]
     sums = hidden.new_zeros(len(labels), dtype=torch.float32) + 0 * hidden.sum()
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, len(wanted), tokens := max(1, CHUNK // len(weight))):
-            part = slice(start, start + tokens)
+        for part in _chunks(len(wanted), weight):
             losses = checkpoint(_losses, counted[part], weight, bias, wanted[part], use_reentrant=False)
             sums = sums.index_add(0, text[part], losses)
     return sums
@@ -143,8 +147,7 @@ class _Loss(torch.autograd.Function):
             for tensor, needed in zip(inputs, ctx.needs_input_grad[:3], strict=True)
         ]
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
-        for start in range(0, len(labels), tokens := max(1, CHUNK // len(weight))):
-            part = slice(start, start + tokens)
+        for part in _chunks(len(labels), weight):
             loss += _add_gradients(inputs, labels[part], part, gradients, ctx.scale)
         ctx.save_for_backward(*gradients)
         return loss
@@ -159,6 +162,12 @@ class _Loss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _chunks(tokens: int, weight: torch.Tensor) -> list[slice]:
+    """Of so many tokens, each with as many logits as there are words."""
+    size = max(1, (CHUNK_ON_GPU if weight.is_cuda else CHUNK) // len(weight))
+    return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
 def _losses(
@@ -200,6 +209,8 @@ def _add_gradients(
         of_hidden[part] = _product(errors, weight)
     if of_weight is not None and weight.dtype == torch.float32:
         of_weight.addmm_(errors.T, hidden[part])
+    elif of_weight is not None and weight.is_cuda:
+        torch.addmm(of_weight, errors.T, hidden[part], out_dtype=torch.float32, out=of_weight)
     elif of_weight is not None:  # some words at a time: torch adds in two dtypes by way of a copy
         words = max(1, PART // hidden.shape[1])
         for into, of_words in zip(torch.split(of_weight, words), torch.split(errors.T, words), strict=True):
@@ -241,7 +252,7 @@ class _Head(nn.Linear):
             raise ModelError(f"{shapes} are not of the same tokens", "Give a label to each token, -100 to ignore it.")
         if self.fused.each_text:
             return text_losses(input, self.weight, labels, self.bias)
-        loss = linear_cross_entropy(input.flatten(0, -2), self.weight, labels.flatten(), self.bias)
+        loss = linear_cross_entropy(input, self.weight, labels, self.bias)
         return torch.stack([loss])  # FSDP warns of views, whose hooks an operation in place would drop
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from toolkit.compute.attention import attend
+from toolkit.compute.host import on_host
 from toolkit.compute.texts import Pairs, Texts
 from toolkit.models import repeated_blocks
 
@@ -180,8 +181,11 @@ class _Stack:
 
 
 def _texts(mask: torch.Tensor | None, hidden: torch.Tensor) -> Texts:
-    """As the mask has them, or as many of one length as there are."""
-    return Texts(torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask.bool())
+    """As the mask has them, which may bring them along as `laid`; or as many of one length as there are."""
+    if mask is None:
+        return Texts(torch.ones(hidden.shape[:2], dtype=torch.bool), hidden.device)
+    laid: Texts | None = getattr(mask, "laid", None)
+    return Texts(on_host(mask).bool(), hidden.device) if laid is None else laid
 
 
 @torch.no_grad()

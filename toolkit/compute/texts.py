@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from toolkit.compute.host import on_device, pinned
+
 ROW = 32
 """The row's length is a multiple of it: libraries of matrix products prepare for each shape that they have not met."""
 LENGTH = 16
@@ -19,10 +21,14 @@ NEAR = 0.6
 
 
 class Texts:
-    """The texts of one micro-batch, sorted by length and end to end; at the end of the row a few tokens of filler.
+    """The texts of one micro-batch end to end; at the end of the row a few tokens of filler.
+
+    Everything is laid out on the host: an accelerator is given the places, and nothing is asked of it.
 
     Args:
-        mask: (texts, length), true where there is a token.
+        mask: (texts, length) on the CPU, true where there is a token.
+        device: where the rows lie.
+        multiple: of which the row's length is one.
 
     Attributes:
         shape: of the mask.
@@ -31,55 +37,127 @@ class Texts:
         row: how many with the filler.
         lengths, starts: (texts,) on the CPU, of each text and of its place in the row.
         rooms: slots for each text, where it is the longest of a group.
+        bounds: (texts + 2,) int32, where in the row each text begins, the filler begins and the row ends.
+        longest: no text, nor the filler, is longer.
     """
 
-    def __init__(self, mask: torch.Tensor) -> None:
-        self.shape, self.device = mask.shape, mask.device
-        mask = mask.cpu()  # to wait for an accelerator once; all that follows is arithmetic on its host
+    def __init__(self, mask: torch.Tensor, device: torch.device, multiple: int = ROW) -> None:
+        self.shape, self.device = mask.shape, device
+        self.row = max(1, -(-int(mask.sum()) // multiple)) * multiple
+        self.longest = max(mask.shape[1], multiple)
+        laid = self._lay(mask)
+        self._places, self._columns, self._inverse, self._padding, self._filler, self.bounds = (
+            on_device(tensor, device) for tensor in laid
+        )
+
+    def refill(self, mask: torch.Tensor) -> None:
+        """Lay others, padded to the same shape and with a row no longer, in the place of these texts."""
+        here = self._places, self._columns, self._inverse, self._padding, self._filler, self.bounds
+        for there, tensor in zip(here, self._lay(mask), strict=True):
+            there.copy_(pinned(tensor), non_blocking=True)
+
+    def _lay(self, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.tokens = int(mask.sum())
+        assert mask.shape == self.shape
+        assert self.tokens <= self.row, "more tokens than there is room for"
+        held = mask.flatten()
+        found = held.nonzero().squeeze(1)
+        # Filler shows the first token, and padding too; both are blotted out where they would count.
+        places = torch.zeros(self.row, dtype=torch.long)
+        places[: self.tokens] = found
+        inverse = torch.zeros(held.shape, dtype=torch.long)
+        inverse[found] = torch.arange(self.tokens)
         self.lengths = mask.sum(1)
         self.rooms = _rooms(self.lengths.tolist())
-        order = self.lengths.argsort(stable=True)
-        sorted_lengths = self.lengths[order]
-        self.starts = torch.empty_like(order)
-        self.starts[order] = sorted_lengths.cumsum(0) - sorted_lengths
-        found = mask[order].flatten().nonzero().squeeze(1)
-        # Where each token of the row lies in the flattened batch.
-        places = order[found // mask.shape[1]] * mask.shape[1] + found % mask.shape[1]
-        self.tokens = len(places)
-        self.row = -(-self.tokens // ROW) * ROW
-        self._places_filled = torch.cat([places, places[:1].expand(self.row - self.tokens)]).to(self.device)
-        self._places = self._places_filled[: self.tokens]
+        ends = self.lengths.cumsum(0)
+        self.starts = ends - self.lengths
+        bounds = torch.cat([torch.zeros(1, dtype=torch.long), ends, torch.tensor([self.row])]).int()
+        return places, places % self.shape[1], inverse, ~held, torch.arange(self.row) >= self.tokens, bounds
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """(texts or 1, length, …) to (1, row, …)."""
-        whole = padded.expand(self.shape[0], *padded.shape[1:])
-        return whole.flatten(0, 1).index_select(0, self._places_filled).unsqueeze(0)
+        if padded.shape[0] != self.shape[0]:  # what is alike for all texts
+            return padded[0].index_select(0, self._columns).unsqueeze(0)
+        return _Pack.apply(padded.flatten(0, 1), self).unsqueeze(0)  # type: ignore[no-any-return,no-untyped-call]
 
     def unpack(self, row: torch.Tensor) -> torch.Tensor:
         """(1, row, …) to (texts, length, …), with zeros for padding."""
-        flat = row.new_zeros(self.shape.numel(), *row.shape[2:])
-        return flat.index_copy(0, self._places, row[0, : self.tokens]).view(*self.shape, *row.shape[2:])
+        return _Unpack.apply(row[0], self).view(*self.shape, *row.shape[2:])  # type: ignore[no-any-return,no-untyped-call]
+
+    def to_row(self, padded: torch.Tensor) -> torch.Tensor:
+        """As `pack` goes: (texts × length, …) to (row, …); filler shows a token."""
+        return padded.index_select(0, self._places)
+
+    def from_row(self, row: torch.Tensor) -> torch.Tensor:
+        """As `unpack` goes, with zeros for padding."""
+        return _blotted(row.index_select(0, self._inverse), self._padding)
+
+    def without_filler(self, row: torch.Tensor) -> torch.Tensor:
+        """(row, …) with zeros as filler, in place."""
+        return _blotted(row, self._filler)
+
+
+def _blotted(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    return values.masked_fill_(where.view(-1, *(1,) * (values.ndim - 1)), 0)
+
+
+class _Pack(torch.autograd.Function):
+    """A choice in both directions: no sums, which would depend on an order, and shapes that are known beforehand."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: torch.Tensor, texts: Texts) -> torch.Tensor:
+        ctx.texts = texts
+        return texts.to_row(padded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return ctx.texts.from_row(gradient), None
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, row: torch.Tensor, texts: Texts) -> torch.Tensor:
+        ctx.texts = texts
+        return texts.from_row(row)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return ctx.texts.without_filler(ctx.texts.to_row(gradient)), None
 
 
 class Pairs:
     """Which texts attend to which: each to itself, or each of a decoder to that of the encoder with the same number.
 
     Args:
-        queries: the texts whose tokens attend.
-        keys: what they attend to; the same object where each text attends to itself.
+        of_queries: the texts whose tokens attend.
+        of_keys: what they attend to; the same object where each text attends to itself.
 
-    Attributes:
-        groups: of pairs of similar lengths.
-        queries, keys: the room that their tokens have in the groups.
-        longest: room of the longest text.
     """
 
-    def __init__(self, queries: Texts, keys: Texts) -> None:
-        self.groups = [Group(numbers, queries, keys) for numbers in _grouped(queries, keys)]
-        self.queries = self.keys = Slots(queries, [(group.numbers, group.rows) for group in self.groups])
-        if keys is not queries:
-            self.keys = Slots(keys, [(group.numbers, group.columns) for group in self.groups])
-        self.longest = max(max(group.rows, group.columns) for group in self.groups)
+    def __init__(self, of_queries: Texts, of_keys: Texts) -> None:
+        self.of_queries, self.of_keys = of_queries, of_keys
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """Of pairs of similar lengths."""
+        return [Group(numbers, self.of_queries, self.of_keys) for numbers in _grouped(self.of_queries, self.of_keys)]
+
+    @functools.cached_property
+    def queries(self) -> Slots:
+        """The room that the tokens of queries have in the groups."""
+        return Slots(self.of_queries, [(group.numbers, group.rows) for group in self.groups])
+
+    @functools.cached_property
+    def keys(self) -> Slots:
+        """And those of keys."""
+        if self.of_keys is self.of_queries:
+            return self.queries
+        return Slots(self.of_keys, [(group.numbers, group.columns) for group in self.groups])
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Room of the longest text."""
+        return max(max(group.rows, group.columns) for group in self.groups)
 
 
 class Slots:
@@ -106,7 +184,7 @@ class Slots:
         filled = torch.cat(held).nonzero().squeeze(1)
         slots = torch.empty(texts.tokens, dtype=torch.long)
         slots[shown[filled]] = filled
-        self._shown, self._slots = shown.to(texts.device), slots.to(texts.device)
+        self._shown, self._slots = on_device(shown, texts.device), on_device(slots, texts.device)
 
     def spread(self, row: torch.Tensor) -> torch.Tensor:
         """(row, …) to (slots, …). What stands in the room that is left must not count, and gets no gradient."""
@@ -174,7 +252,7 @@ class Group:
         self.rows, self.columns = (max(texts.rooms[one] for one in numbers) for texts in (queries, keys))
         lengths = keys.lengths[self.numbers]
         self._full = int(lengths.min()) == self.columns
-        self._held = (lengths[:, None] > torch.arange(self.columns)).to(keys.device)
+        self._held = on_device(lengths[:, None] > torch.arange(self.columns), keys.device)
         self._biases: dict[tuple[bool, int | None, torch.dtype], torch.Tensor | None] = {}
 
     def bias(self, causal: bool, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -270,6 +270,9 @@ class TrainConfig:
     """Compute on real tokens alone, with attention within each text: `auto` where the model's outputs stay the same."""
     compile: bool = False
     """Let torch compile the model's blocks (torch.compile). The first steps wait for it; worth a try on GPUs."""
+    cuda_graphs: bool = False
+    """Launch forward and backward as CUDA graphs, one for each shape, to which batches are filled up. For networks so
+    small that launching their kernels takes longer than computing; one GPU, bf16."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Keep less for backward and compute it again there: `full` keeps the inputs of each block, `selective` the results
     of its matrix products too. Less memory for more time, and the same numbers."""

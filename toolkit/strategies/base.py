@@ -139,9 +139,21 @@ class Strategy(ABC):
         the ranks is undone here.
         """
 
+    def gradient_norm(self) -> torch.Tensor | None:
+        """The global norm of the gradient, () on the device, which is not waited for; None where `update` finds it.
+
+        Collective; after the last `backward` of a step.
+        """
+        return None
+
     @abstractmethod
-    def update(self, learning_rate: float) -> Update:
-        """Clip, step and clear the gradients. Nothing is applied where the gradient is not finite."""
+    def update(self, learning_rate: float, grad_norm: float | None = None) -> Update:
+        """Clip, step and clear the gradients. Nothing is applied where the gradient is not finite.
+
+        Args:
+            learning_rate: of this step.
+            grad_norm: what `gradient_norm` gave; by default it is asked for, and waited for.
+        """
 
     @property
     def synchronized(self) -> bool:
@@ -208,6 +220,8 @@ class TorchStrategy(Strategy):
     """Whether the wrapper divides summed gradients by the number of ranks."""
     casts: ClassVar[bool] = False
     """Whether the wrapper computes in the precision asked for by itself."""
+    keeps_gradients = False
+    """Whether gradients lie where they are from step to step, and are set to zero."""
 
     optimizer: torch.optim.Optimizer
 
@@ -241,11 +255,27 @@ class TorchStrategy(Strategy):
         else:
             scaled.backward()  # type: ignore[no-untyped-call]
 
-    def update(self, learning_rate: float) -> Update:
+    def keep_gradients(self) -> None:
+        """Let gradients lie where they are from step to step, where graphs add to them."""
+        self.keeps_gradients = True
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    @contextlib.contextmanager
+    def cast_anew(self) -> Iterator[None]:
+        """Inside, the reduced copies of the parameters are made anew; they are of no use outside."""
+        self._weights_changed()
+        yield
+        self._weights_changed()
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Of the gradients without fp16's scale."""
+        return self._total_norm(self._gradients()) / self.scaler.scale
+
+    def update(self, learning_rate: float, grad_norm: float | None = None) -> Update:
         """Unscale and clip in one multiplication, then step."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        scale = self.scaler.scale
-        norm = self._total_norm(gradients) / scale
+        scale, gradients = self.scaler.scale, self._gradients()
+        norm = float(self.gradient_norm()) if grad_norm is None else grad_norm
         applied = self.scaler.update(norm) and math.isfinite(norm)
         if applied:
             clip = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
@@ -254,7 +284,7 @@ class TorchStrategy(Strategy):
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
             self._weights_changed()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.discard()
         return Update(norm, applied, scale if self.scaler.enabled else None)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -291,7 +321,7 @@ class TorchStrategy(Strategy):
 
     def discard(self) -> None:
         """Clear them."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
 
     def effective(self) -> dict[str, Any]:
         """Read from the parameters, the optimizer and the batches."""
@@ -326,8 +356,11 @@ class TorchStrategy(Strategy):
     def _shard(self, tensor: torch.Tensor) -> FlatShard:
         return whole(tensor)
 
-    def _total_norm(self, gradients: list[torch.Tensor]) -> float:
-        return float(torch.nn.utils.get_total_norm(gradients))
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def _total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -58,13 +58,13 @@ class DiLoCo(TorchStrategy):
         self._met = [p.detach().clone() for p in self._parameters]
         self._momentum = [torch.zeros_like(weights) for weights in self._met]
 
-    def update(self, learning_rate: float) -> Update:
+    def update(self, learning_rate: float, grad_norm: float | None = None) -> Update:
         """A step alone, applied by all ranks or by none; the norm is the root of the mean square over the ranks."""
-        update = super().update(learning_rate)
+        update = super().update(learning_rate, grad_norm)
         self._alone += update.applied
         if self._alone == self.local_steps:
             self.synchronize()
-        return replace(update, grad_norm=math.sqrt(self._mean_square))
+        return replace(update, grad_norm=math.sqrt(float(self._mean_square)))
 
     @property
     def synchronized(self) -> bool:
@@ -121,12 +121,11 @@ class DiLoCo(TorchStrategy):
     def _outer_momentum(self) -> float:
         return _OUTER_MOMENTUM if self.config.outer_momentum is None else self.config.outer_momentum
 
-    def _total_norm(self, gradients: list[torch.Tensor]) -> float:
+    def _total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """This rank's, by which it clips; not finite on all ranks where it is not on one."""
         own = super()._total_norm(gradients)
-        total = self.world.sum(torch.tensor(own, dtype=torch.float64, device=self.world.device).square())
-        self._mean_square = float(total) / self.world.size
-        return own if math.isfinite(self._mean_square) else math.nan
+        self._mean_square = self.world.sum(own.double().square()) / self.world.size
+        return own.where(self._mean_square.isfinite(), math.nan)
 
     def _average(self, tensors: Sequence[torch.Tensor]) -> None:
         for piece in _pieces(tensors):

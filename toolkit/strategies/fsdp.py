@@ -134,6 +134,6 @@ class FSDP(TorchStrategy):
         local: torch.Tensor = tensor.detach().to_local().view(-1)  # type: ignore[attr-defined]
         return FlatShard(local, offset[0] * math.prod(tensor.shape[1:]) if offset else 0, tuple(tensor.shape))
 
-    def _total_norm(self, gradients: list[torch.Tensor]) -> float:
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    def _total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        norm = super()._total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -101,7 +101,7 @@ class Zero(Strategy):
         """Undo the average over ranks; accumulation is a plain sum."""
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def update(self, learning_rate: float) -> Update:
+    def update(self, learning_rate: float, grad_norm: float | None = None) -> Update:
         """DeepSpeed unscales, clips by the global norm, steps and clears."""
         set_learning_rate(self.optimizer, learning_rate)
         scale = float(self.optimizer.loss_scale) if self.precision.name == "fp16" else None

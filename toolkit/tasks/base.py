@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from toolkit.compute.host import on_device
+
 
 @dataclass
 class Batch:
@@ -31,12 +33,13 @@ class Batch:
     skipped: list[tuple[int, str]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:
-        """The same on `device`."""
+        """The same on `device`; the copies are queued, and remember what the host knew (`compute.host`)."""
         if device.type == "cpu":
             return self
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        labels, weights = self.labels.to(device, non_blocking=True), self.weights.to(device, non_blocking=True)
-        return replace(self, inputs=moved, labels=labels, weights=weights)
+        moved = {name: on_device(tensor, device) for name, tensor in self.inputs.items()}
+        return replace(
+            self, inputs=moved, labels=on_device(self.labels, device), weights=on_device(self.weights, device)
+        )
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory; called by torch's DataLoader."""
@@ -51,10 +54,16 @@ class Task(ABC):
     """What one unit is, in the plural: samples, tokens."""
     smooths_labels: bool = False
     """Whether the training loss reads label smoothing."""
+    fills_up: bool = False
+    """Whether batches can be `filled` up to few shapes, and the loss asks nothing of the device."""
 
     @abstractmethod
     def collate(self, rows: Mapping[str, Sequence[Any]], empty: bool) -> Batch:
         """Samples in columns as a micro-batch; `empty` marks its rows as filler that must not count."""
+
+    def filled(self, batch: Batch, size: int, length: int) -> Batch:
+        """The same with filler, samples that count nothing: so many samples of such a length, or what is possible."""
+        raise NotImplementedError
 
     def problem(self, row: Mapping[str, Any]) -> str:
         """Why this sample cannot be trained on, or an empty string: a pure function of the sample."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Classification(Task):
 
     unit = "samples"
     smooths_labels = True
+    fills_up = True
 
     def __init__(
         self,
@@ -53,6 +55,19 @@ class Classification(Task):
             weights=torch.zeros(size) if empty else torch.ones(size),
             ids=[] if empty else list(rows["id"]),
         )
+
+    def filled(self, batch: Batch, size: int, length: int) -> Batch:
+        """With padding on the right, and samples of one padding token."""
+        count, width = batch.inputs["attention_mask"].shape
+        more, wider = size - count, min(length, self.positions or length) - width
+        mask = F.pad(batch.inputs["attention_mask"], (0, wider, 0, more))
+        mask[count:, 0] = 1
+        inputs = {
+            "input_ids": F.pad(batch.inputs["input_ids"], (0, wider, 0, more), value=self.tokenizer.pad_token_id),
+            "attention_mask": mask,
+        }
+        labels, weights = F.pad(batch.labels, (0, more)), F.pad(batch.weights, (0, more))
+        return replace(batch, inputs=inputs, labels=labels, weights=weights)
 
     def problem(self, row: Mapping[str, Any]) -> str:
         """No tokens, too many, one without an embedding, or a label that is no class."""
