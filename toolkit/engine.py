@@ -79,7 +79,7 @@ def train_step(
     """
     world = strategy.world
     seed_all(seed, step.number, world.rank)
-    strategy.model.train()
+    strategy.set_training(True)
     own_units = sum(map(task.units, step.micro_batches))
     # Filled in, not copied from the host: an accelerator need not be waited for.
     counts = [torch.full((), float(n), device=world.device) for n in (own_units, len(step.skipped))]
@@ -102,7 +102,10 @@ def train_step(
 
     for index, batch in enumerate(step.micro_batches):
         with strategy.micro_batch(last=index + 1 == len(step.micro_batches)):
-            loss += graphs.learn(batch, units, learn) if graphs else learn(batch.to(world.device), units)
+            if graphs is None:
+                loss += learn(batch.to(world.device), units)
+            else:
+                loss += graphs.learn(batch, units, learn)
     norm = strategy.gradient_norm()
     figures = [loss, world.sum(loss.clone()), units, skipped, *([] if norm is None else [norm])]
     # The one time in a step that the host waits for an accelerator: what it learns is logged, and decides on the step.
@@ -136,7 +139,7 @@ def evaluate(
         loader: deals the samples to the ranks.
         on_batch: called with the number of batches done, for progress.
     """
-    strategy.model.eval()
+    strategy.set_training(False)
     counts: dict[str, torch.Tensor] = {}
     skipped: list[tuple[int, str]] = []
     for done, batch in enumerate(loader.once(), start=1):

@@ -48,7 +48,7 @@ def continue_texts(
     starts = [len(row) for row in rows]
     over = [False] * len(rows)
     generator = torch.Generator().manual_seed(seed)
-    strategy.model.eval()
+    strategy.set_training(False)
     for _ in range(tokens):
         on_token()
         lengths = torch.tensor([len(row) for row in rows])

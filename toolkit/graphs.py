@@ -87,8 +87,9 @@ class Graphs:
         self.seconds = 0.0
         strategy.keep_gradients()
 
-    def __len__(self) -> int:
-        """Of the shapes that have been recorded."""
+    @property
+    def shapes(self) -> int:
+        """How many have been recorded."""
         return len(self._graphs)
 
     def learn(self, batch: Batch, units: torch.Tensor, learn: Learn) -> torch.Tensor:
@@ -119,6 +120,7 @@ class _Graph:
     def __init__(self, batch: Batch, multiple: int, learn: Learn, device: torch.device, pool: Any) -> None:
         self._batch, self._units = batch.to(device), torch.ones((), device=device)
         self._texts = Texts(batch.inputs["attention_mask"].bool(), device, multiple)
+        self._texts.even = None  # those that follow need not be
         self._batch.inputs["attention_mask"].laid = self._texts  # type: ignore[attr-defined]
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (which pin memory) go on meanwhile.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.stateless import _reparametrize_module
 
 from toolkit.errors import ConfigError
 from toolkit.world import World
@@ -126,12 +125,20 @@ class Reduced:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model = model
         self.dtype = dtype
-        self._copies: dict[bool, dict[str, torch.Tensor]] = {}
-        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        self._copies: dict[bool, list[torch.Tensor]] = {}
+        owners = [module._parameters for module in model.modules()]
+        uses = Counter(id(parameter) for owner in owners for parameter in owner.values())
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and uses[id(m.weight)] == 1]
         for table in tables:
             table.register_forward_hook(lambda module, args, rows: rows.to(dtype))
-        self._as_they_are = {id(table.weight) for table in tables}
+        as_they_are = {id(table.weight) for table in tables}
+        # Where each parameter stands; one that is tied stands in several places, and is cast once.
+        self._places: list[tuple[dict[str, Any], str, nn.Parameter]] = [
+            (owner, name, parameter)
+            for owner in owners
+            for name, parameter in owner.items()
+            if parameter is not None and parameter.dtype == torch.float32 and id(parameter) not in as_they_are
+        ]
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The model's outputs."""
@@ -147,12 +154,23 @@ class Reduced:
         """The parameters have changed: drop the copies."""
         self._copies = {}
 
-    def _in_force(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _in_force(self) -> Iterator[None]:
+        # Not torch's functional_call, which looks for all parameters by name each time: 5 ms for BERT on a slow host.
         grad = torch.is_grad_enabled()
         if grad not in self._copies:
-            parameters = self.model.named_parameters()
-            self._copies = {grad: {n: self._to_dtype(p) for n, p in parameters if id(p) not in self._as_they_are}}
-        return _reparametrize_module(self.model, self._copies[grad], tie_weights=True)
+            cast: dict[int, torch.Tensor] = {}
+            for _, _, parameter in self._places:
+                if id(parameter) not in cast:
+                    cast[id(parameter)] = self._to_dtype(parameter)
+            self._copies = {grad: [cast[id(parameter)] for _, _, parameter in self._places]}
+        for (owner, name, _), copy in zip(self._places, self._copies[grad], strict=True):
+            owner[name] = copy
+        try:
+            yield
+        finally:
+            for owner, name, parameter in self._places:
+                owner[name] = parameter
 
     def _to_dtype(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.dtype) if tensor.dtype == torch.float32 else tensor

@@ -720,7 +720,7 @@ class Session:
         compiling = {"compile_seconds": compile_seconds()} if self.config.train.compile else {}
         recorded = {}
         if self._graphs is not None:
-            recorded["cuda_graphs"] = {"shapes": len(self._graphs), "seconds": self._graphs.seconds}
+            recorded["cuda_graphs"] = {"shapes": self._graphs.shapes, "seconds": self._graphs.seconds}
         self.describe(balance=balance, peak_bytes=peak_bytes(self.world.device), **compiling, **recorded)
         self._journal.close_report(status, self._progress, self._seconds, self._recovery.attempt)
 

@@ -70,6 +70,7 @@ class Strategy(ABC):
 
     model: nn.Module
     """What `forward` calls: the wrapped model."""
+    _training: bool | None = None
     left_out: frozenset[str] = frozenset()
     """Names of frozen weights that no checkpoint holds: those who go on bring them along."""
 
@@ -154,6 +155,12 @@ class Strategy(ABC):
             learning_rate: of this step.
             grad_norm: what `gradient_norm` gave; by default it is asked for, and waited for.
         """
+
+    def set_training(self, on: bool) -> None:
+        """Dropout and its kin on or off in the whole model; asked again it is done already, for it takes its time."""
+        if on != self._training:
+            self.model.train(on)
+            self._training = on
 
     @property
     def synchronized(self) -> bool:
