@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import time
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from accelerate import Accelerator
@@ -26,10 +28,12 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     get_linear_schedule_with_warmup,
 )
+
+from benchmarks.device import peak_bytes
+from benchmarks.trainer_side import Clock
 
 BEST: dict[str, Any] = {
     "bf16": True,
@@ -38,25 +42,6 @@ BEST: dict[str, Any] = {
     "dataloader_num_workers": 1,
     "dataloader_persistent_workers": True,
 }
-
-
-class Clock(TrainerCallback):
-    """Seconds from the end of one step to the end of the next, and the time of day when the first begins."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.began = 0.0
-        self._last = 0.0
-
-    def on_train_begin(self, *arguments: Any, **options: Any) -> None:
-        """The first step begins."""
-        self._last, self.began = time.perf_counter(), time.time()
-
-    def on_step_end(self, *arguments: Any, **options: Any) -> None:
-        """After the optimizer."""
-        now = time.perf_counter()
-        self.seconds.append(now - self._last)
-        self._last = now
 
 
 def main() -> None:
@@ -89,8 +74,7 @@ def main() -> None:
         loss = with_trainer(model, rows, tokenizer, clock, options)
     else:
         loss = with_loop(model, rows.remove_columns("length"), tokenizer, clock, options)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": clock.seconds, "began": clock.began, "loss": loss, "peak_bytes": peak}))
+    print(json.dumps({"seconds": clock.seconds, "began": clock.began, "loss": loss, "peak_bytes": peak_bytes()}))
 
 
 def with_trainer(model: Any, rows: Any, tokenizer: Any, clock: Clock, options: argparse.Namespace) -> float:

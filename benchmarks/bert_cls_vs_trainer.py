@@ -27,7 +27,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 import numpy as np
-import torch
 
-from benchmarks.side_by_side import Figures, add_options, in_turns, machine, median, run, show, summary, write
+from benchmarks.device import matrix_peak
+from benchmarks.side_by_side import (
+    Figures,
+    add_options,
+    in_turns,
+    machine,
+    median,
+    read_run,
+    run,
+    show,
+    summary,
+    words,
+    write,
+)
 from toolkit import samples
 from toolkit.config import ModelConfig
 from toolkit.models import load_tokenizer
@@ -122,10 +133,9 @@ def ours(folder: Path, number: int, model: str, steps: int) -> Figures:
     """One run of the recipe."""
     target = folder / f"ours_{number}"
     run([sys.executable, *recipe(folder, target, model, steps)])
-    lines = [json.loads(line) for line in (target / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines, report = read_run(target)
     losses = [line["loss"] for line in lines]
-    report = json.loads((target / "report.json").read_text(encoding="utf-8"))
-    seconds = [BATCH / line["samples_per_second"] for line in lines]
+    seconds = [line["step_seconds"] for line in lines]
     return figures(seconds, statistics.fmean(losses[-max(1, steps // 4) :]), report["peak_bytes"])
 
 
@@ -145,8 +155,7 @@ def recipe(folder: Path, target: Path, model: str, steps: int) -> list[str]:
         "run.dir": target,
         "run.eval_every": steps,
     }
-    settings = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [str(ROOT / "recipes" / "bert_cls.py"), *settings]
+    return [str(ROOT / "recipes" / "bert_cls.py"), *words(options)]
 
 
 def peer(folder: Path, number: int, model: str, steps: int, name: str) -> Figures:
@@ -167,17 +176,6 @@ def figures(seconds: list[float], loss: float, peak_bytes: int) -> Figures:
     """Of one run, without the first steps."""
     timed = seconds[WARM_UP:]
     return {"samples_per_second": BATCH * len(timed) / sum(timed), "loss": loss, "peak_bytes": peak_bytes}
-
-
-def matrix_peak() -> float:
-    """Operations a second of a large product in bf16."""
-    left, right = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
-    times = []
-    for _ in range(20):
-        began = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - began)
-    return 2 * 2048**3 / statistics.median(times)
 
 
 if __name__ == "__main__":

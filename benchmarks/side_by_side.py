@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.device import device
 from benchmarks.lines import write_line
 
 Figures = dict[str, Any]
@@ -80,6 +82,7 @@ def machine() -> Figures:
         "machine": f"{os.cpu_count()} cores, {name[1] if name else platform.machine()}",
         "instructions": [flag for flag in wanted if flag in text.split()],
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if device().type == "cuda" else {}),
         "load": [round(load, 1) for load in os.getloadavg()],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -128,3 +131,18 @@ def run(command: list[str], environment: Mapping[str, str] | None = None) -> str
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout
+
+
+def words(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def read_run(folder: Path) -> tuple[list[Figures], Figures]:
+    """The figures of each step of a recipe's run, with `step_seconds` among them, and its report."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    before = 0
+    for line in lines:
+        line["step_seconds"] = (line["samples_seen"] - before) / line["samples_per_second"]
+        before = line["samples_seen"]
+    return lines, json.loads((folder / "report.json").read_text(encoding="utf-8"))
