@@ -32,7 +32,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from benchmarks.device import peak_bytes
+from benchmarks.device import device, peak_bytes
 from benchmarks.trainer_side import Clock
 
 BEST: dict[str, Any] = {
@@ -88,7 +88,7 @@ def with_trainer(model: Any, rows: Any, tokenizer: Any, clock: Clock, options: a
             learning_rate=options.lr,
             warmup_steps=options.steps // 10,
             weight_decay=0.01,
-            use_cpu=True,
+            use_cpu=device().type == "cpu",
             save_strategy="no",
             logging_steps=max(1, options.steps // 4),
             report_to="none",
@@ -112,15 +112,17 @@ def with_loop(model: Any, rows: Any, tokenizer: Any, clock: Clock, options: argp
     schedule: Any = get_linear_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
     model.train()
     if options.peer == "accelerate":
-        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        accelerator = Accelerator(cpu=device().type == "cpu", mixed_precision="bf16")
         model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
         batches, backward = endless(loader, options.steps), accelerator.backward
     else:
-        batches, backward = iter(list(endless(loader, options.steps))), torch.Tensor.backward
+        model.to(device())
+        batches = iter([batch.to(device()) for batch in endless(loader, options.steps)])
+        backward = torch.Tensor.backward
     losses = []
     clock.on_train_begin()
     for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.peer == "loop"):
+        with torch.autocast(device().type, torch.bfloat16, enabled=options.peer == "loop"):
             loss = model(**batch).loss
         backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

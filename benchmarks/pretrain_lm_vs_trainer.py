@@ -8,8 +8,9 @@
 Both train a new network of the same configuration on the same news articles with the same tokenizer, in bf16 (weights
 in fp32) with fused AdamW, clipped gradients, the same learning rates, and steps of as many sequences of one length,
 each in a process of its own, in turns. The recipe packs whole texts into sequences, and none sees another; the peer
-cuts all texts, joined, into blocks, in which tokens see the texts before theirs. It is the Trainer at its best, or that
-with `torch_compile`; `--compile` compiles the recipe's network too.
+cuts all texts, joined, into blocks, in which tokens see the texts before theirs. With `--texts joined` articles are
+joined to texts longer than a sequence before either side gets them, so that attention is as long on both. The peer is
+the Trainer at its best, or that with `torch_compile`; `--compile` compiles the recipe's network too.
 
 The figure is tokens a second after a few steps to warm up: tokens that were predicted, no filler. Peak memory is what
 torch allocated on a GPU, and what was resident on a CPU, to the end (the peer's: to the end of training). Both must
@@ -19,16 +20,18 @@ for texts that come in another order and, in blocks, for what else a token sees.
 MFU is tokens a second × (6 N + 12 × layers × width × length) over the machine's matrix peak, measured in the same run.
 N is the number of weights that multiply: all but the table of the input embedding, which does so only where it is the
 output layer too. The second term is attention over the whole sequence: the usual convention, for both sides alike; it
-counts what a causal mask and, in the recipe, the borders of texts leave out.
+counts what a causal mask and, in the recipe, the borders of texts leave out. `mfu_causal` counts half of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,8 @@ from toolkit.data.bpe import trained_tokenizer
 from toolkit.decoders import load_decoder
 
 HELD_OUT = 16
+JOINED = 64
+"""Articles to a text, where they are joined: some 30,000 tokens."""
 SHORT = 1200
 """Characters of a held-out article, at most: none is cut, so that both sides predict the same tokens."""
 DECAY, FINAL_SHARE = 0.1, 0.1
@@ -82,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(known), default="llama_7m", help="default: llama_7m")
     parser.add_argument("--peer", choices=["trainer-best", "trainer-compiled"], default="trainer-best")
+    parser.add_argument("--texts", choices=["articles", "joined"], default="articles", help="default: articles")
     parser.add_argument("--compile", action="store_true", help="let the recipe compile its network")
     parser.add_argument("--steps", type=int, default=40, help="of the optimizer (default: 40)")
     parser.add_argument("--vocabulary", type=int, help="tokens that are known (default: 8192; llama_1b: 32000)")
@@ -97,8 +103,8 @@ def main() -> None:
         parser.error(f"--global-batch {batch} is no multiple of --micro-batch {micro_batch}")
     with tempfile.TemporaryDirectory(prefix="pretrain_lm_vs_trainer_") as name:
         folder = Path(name)
-        write_texts(folder)
-        flops = write_network(folder, network, options.vocabulary or network.vocabulary)
+        write_texts(folder, 1 if options.texts == "articles" else JOINED)
+        flops, attention = write_network(folder, network, options.vocabulary or network.vocabulary)
         sizes = {"train.global_batch": batch, "train.micro_batch": micro_batch, "train.compile": options.compile}
         sides = {
             "ours": lambda number: ours(folder, number, network, options.steps, sizes),
@@ -109,7 +115,9 @@ def main() -> None:
     result = {"benchmark": "pretrain_lm_vs_trainer", "network": options.network, "against": options.peer}
     result |= compare(runs, APART)
     result |= {
+        "texts": options.texts,
         "mfu": {side: round(flops * result[side] / peak, 3) for side in runs},
+        "mfu_causal": {side: round((flops - attention / 2) * result[side] / peak, 3) for side in runs},
         "gflops_per_token": flops / 1e9,
         "bf16_peak_gflops": round(peak / 1e9),
         "steps": options.steps,
@@ -118,17 +126,18 @@ def main() -> None:
         "micro_batch": micro_batch,
         "compiled": options.compile,
     }
+    print(f"mfu, half of attention: {result['mfu_causal']['ours']} against {result['mfu_causal']['peer']}")
     names = {"ours": "recipes/pretrain_lm.py" + ", compiled" * options.compile, "peer": options.peer}
     conclude(result, options, names, f"{options.network}, {batch} × {network.length} tokens")
 
 
-def write_texts(folder: Path) -> None:
-    """News articles: a few short ones for validation and test, the others to learn."""
+def write_texts(folder: Path, at_once: int) -> None:
+    """News articles: a few short ones for validation and test, the others to learn, so many to a text."""
     with (samples.fetch("bbc-news") / "data.jsonl").open(encoding="utf-8") as file:
         texts = list(dict.fromkeys(json.loads(line)["text"] for line in file))
     short = [text for text in texts if len(text) < SHORT][: 2 * HELD_OUT]
     splits = {
-        "train": [text for text in texts if text not in short],
+        "train": ["\n\n".join(part) for part in batched((text for text in texts if text not in short), at_once)],
         "validation": short[::2],
         "test": short[1::2],
     }
@@ -142,8 +151,19 @@ def sources(folder: Path) -> dict[str, Path]:
     return {f"data.{key}": folder / f"{name}.jsonl" for key, name in names.items()}
 
 
-def write_network(folder: Path, network: Network, vocabulary: int) -> float:
-    """Train the tokenizer, and write it with the network's configuration; operations of a token, forward and back."""
+def batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """So many at a time."""
+    texts = iter(texts)
+    while part := list(itertools.islice(texts, size)):
+        yield part
+
+
+def write_network(folder: Path, network: Network, vocabulary: int) -> tuple[float, float]:
+    """Train the tokenizer, and write it with the network's configuration.
+
+    Returns:
+        Operations of a token, forward and back, and those of them that are attention.
+    """
     corpus = text_corpus(CorpusConfig(**{name.split(".")[1]: (str(file),) for name, file in sources(folder).items()}))
     tokenizer = trained_tokenizer(corpus, vocabulary, 100_000_000)
     with torch.device("meta"):
@@ -153,7 +173,7 @@ def write_network(folder: Path, network: Network, vocabulary: int) -> float:
         part.save_pretrained(folder / "network")
     table = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     attention = 12 * config.num_hidden_layers * config.hidden_size * network.length
-    return float(6 * (model.num_parameters() - table) + attention)
+    return float(6 * (model.num_parameters() - table) + attention), float(attention)
 
 
 def ours(folder: Path, number: int, network: Network, steps: int, sizes: dict[str, Any]) -> Figures:
