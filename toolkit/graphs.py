@@ -120,7 +120,6 @@ class _Graph:
     def __init__(self, batch: Batch, multiple: int, learn: Learn, device: torch.device, pool: Any) -> None:
         self._batch, self._units = batch.to(device), torch.ones((), device=device)
         self._texts = Texts(batch.inputs["attention_mask"].bool(), device, multiple)
-        self._texts.even = None  # those that follow need not be
         self._batch.inputs["attention_mask"].laid = self._texts  # type: ignore[attr-defined]
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (which pin memory) go on meanwhile.

@@ -16,9 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from tests.parity.job import Recording, tiny_bert, tiny_data, tiny_llama, tiny_tokenizer
 from tests.recipes.launching import recipe
-from tests.unit.test_padding_free import ANSWER_MASK, ANSWERS, IDS, MASK, answers, pair, paired, twins
+from tests.unit.test_padding_free import ANSWER_MASK, ANSWERS, IDS, MASK, pair, paired
 from toolkit.compute import compile_blocks, fuse_loss, linear_cross_entropy, remove_padding
-from toolkit.compute.attention import EVEN
 from toolkit.config import OptimConfig, StrategyConfig
 from toolkit.data.loader import Step, batch_shape
 from toolkit.engine import train_step
@@ -122,12 +121,6 @@ def test_a_text_sees_no_other(family: str) -> None:
     assert (before != after).any(1).nonzero().flatten().tolist() == [4]
 
 
-def test_a_pair_sees_no_other() -> None:
-    _, model = paired("Bart")
-    remove_padding(model)
-    assert answers(model).isfinite().all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_without_logits(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -141,24 +134,6 @@ def test_the_loss_without_logits(dtype: torch.dtype) -> None:
     cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum").backward()
     expected = torch.cat([tensor.grad.float().flatten() for tensor in exact])  # type: ignore[union-attr]
     assert apart(found, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
-
-
-def test_even_texts_take_a_kernel_of_their_own() -> None:
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 500}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    padded, free = twins(transformers.LlamaForCausalLM, config)
-    assert remove_padding(free) == ""
-    ids = torch.randint(500, (2, EVEN), device=GPU)
-
-    def of(model: Any, dtype: torch.dtype) -> torch.Tensor:
-        model.to(GPU, dtype)(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
-        return gradient(model)
-
-    rounded = apart(of(copy.deepcopy(padded), torch.bfloat16), expected := of(padded, torch.float32))
-    with torch.profiler.profile() as profile:
-        found = of(free, torch.bfloat16)
-    assert apart(found, expected) < max(4e-2, 1.5 * rounded)
-    assert any("cudnn_attention" in event.key for event in profile.key_averages())
 
 
 def no_waiting(strategy: Any, task: Any, batch: Batch) -> None:

@@ -129,6 +129,30 @@ def test_copies_are_made_once_until_the_weights_change() -> None:
     assert net.layer.weight.grad is not None
 
 
+def test_a_parameter_in_two_places_is_cast_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert self.first.weight is self.second.weight
+            assert self.first.weight.dtype == torch.bfloat16
+            result: torch.Tensor = self.second(self.first(x))
+            return result
+
+    net = Tied()
+    parameter = net.first.weight
+    reduced = Reduced(net, torch.bfloat16)
+    reduced.backward(reduced.forward({"x": torch.ones(2, 4)}).float().sum())
+    assert net.first.weight is net.second.weight is parameter
+    assert parameter.grad is not None
+    with pytest.raises(RuntimeError):
+        reduced.forward({"x": torch.ones(2, 5)})
+    assert net.first.weight is parameter, "an error leaves the model as it was"
+
+
 # The loss scale.
 
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from toolkit.compute.dropout import keep_mask, kept_scale
-from toolkit.compute.texts import Group, Pairs, Texts
+from toolkit.compute.texts import Group, Pairs
 
-EVEN = 1024
-"""Texts of one length, from here, take a kernel for such alone on a GPU. On an H100, causal, of 4,096 tokens, with 32
-heads of 64, 8 of keys: forward and backward in 2.5 ms by cuDNN, in 3.9 ms by FlashAttention-2, which takes any."""
-FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PLAIN = 512
 """Longest text whose attention weights are kept for the backward pass on a CPU, where there is no dropout: for longer
 ones torch's fused kernel, which computes them again, is faster and needs less memory."""
@@ -97,8 +92,6 @@ def _by_bounds(
     # Not by `torch.nn.attention.varlen`, which has no dropout. The filler is a text of its own, so that what it shows
     # is a number.
     rows, columns = pairs.of_queries, pairs.of_keys
-    if rows is columns and window is None and (rows.even or 0) >= EVEN:
-        return _dense(rows, query, key, value, causal, scaling, dropout)
     reach = None if window is None else window - 1
     found: torch.Tensor = torch.ops.aten._flash_attention_forward(
         *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
@@ -114,25 +107,6 @@ def _by_bounds(
         window_size_right=0 if causal else reach,
     )[0]
     return found
-
-
-def _dense(
-    texts: Texts,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    causal: bool,
-    scaling: float,
-    dropout: float,
-) -> torch.Tensor:
-    """Of texts that are all alike, by the kernel that is fastest where it is to be had: (row, heads, size)."""
-    assert texts.even is not None
-    shape = len(texts.lengths), texts.even, -1, query.shape[-1]
-    query, key, value = (tensor[0].transpose(0, 1).reshape(shape).transpose(1, 2) for tensor in (query, key, value))
-    shared = key.shape[1] != query.shape[1]
-    with sdpa_kernel(FASTEST, set_priority=True):
-        found = scaled_dot_product_attention(query, key, value, None, dropout, causal, scale=scaling, enable_gqa=shared)
-    return found.transpose(1, 2).flatten(0, 1)
 
 
 def _fused(group: Group, members: list[torch.Tensor], bias: torch.Tensor | None, **options: Any) -> torch.Tensor:

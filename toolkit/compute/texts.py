@@ -37,12 +37,9 @@ class Texts:
         row: how many with the filler.
         lengths, starts: (texts,) on the CPU, of each text and of its place in the row.
         rooms: slots for each text, where it is the longest of a group.
-        even: the length of all texts where they are alike and fill the row; else None.
         bounds: (texts + 2,) int32, where in the row each text begins, the filler begins and the row ends.
         longest: no text, nor the filler, is longer.
     """
-
-    even: int | None
 
     def __init__(self, mask: torch.Tensor, device: torch.device, multiple: int = ROW) -> None:
         self.shape, self.device = mask.shape, device
@@ -74,8 +71,6 @@ class Texts:
         self.rooms = _rooms(self.lengths.tolist())
         ends = self.lengths.cumsum(0)
         self.starts = ends - self.lengths
-        first = int(self.lengths[0])
-        self.even = first if bool((self.lengths == first).all()) and self.tokens == self.row else None
         bounds = torch.cat([torch.zeros(1, dtype=torch.long), ends, torch.tensor([self.row])]).int()
         return places, places % self.shape[1], inverse, ~held, torch.arange(self.row) >= self.tokens, bounds
 
