@@ -44,6 +44,30 @@ def test_a_benchmark_compares(command: list[str], tmp_path: Path) -> None:
     assert f"goal {result['goal']:g}" in done.stdout
 
 
+@pytest.mark.slow
+def test_ways_to_launch_a_step(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "step_variants.py"),
+        "--ways",
+        "plain",
+        "--json",
+        "found.jsonl",
+    ]
+    done = subprocess.run(
+        [*command, "--steps", "2", "--warm-up", "1", "--batch", "4"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "found.jsonl").read_text(encoding="utf-8"))
+    assert result["ways"]["plain"]["seconds"] > 0
+    assert 0 < result["ways"]["plain"]["mfu"] < 1
+
+
 def runs(**values: list[float]) -> dict[str, list[dict[str, Any]]]:
     return {side: [{"speed": value} for value in found] for side, found in values.items()}
 
