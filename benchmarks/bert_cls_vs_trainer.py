@@ -162,7 +162,6 @@ def ours(folder: Path, number: int, model: str, steps: int, options: argparse.Na
     """One run of the recipe."""
     target = folder / f"ours_{number}"
     more = ["--train.cuda_graphs", "True"] if options.cuda_graphs else []
-    more += ["--data.workers", "1"] if device().type == "cuda" else []  # as the Trainer at its best has it
     run([sys.executable, *recipe(folder, target, model, steps), *more])
     lines, report = read_run(target)
     losses = [line["loss"] for line in lines]

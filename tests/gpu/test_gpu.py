@@ -224,7 +224,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     model = write_texts(tmp_path)
     words = ["--model.name", str(model), "--data.name", str(tmp_path / "texts.csv"), "--train.global_batch", "16"]
-    words += ["--data.max_length", "32", "--data.deduplicate", "False", "--data.workers", "1", *options]
+    words += ["--data.max_length", "32", "--data.deduplicate", "False", *options]
 
     def run(name: str, steps: int) -> list[dict[str, Any]]:
         target = tmp_path / name

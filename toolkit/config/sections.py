@@ -92,8 +92,9 @@ class TextDataConfig:
     its own keeps its repeats."""
     max_length: Annotated[int, Field(ge=3, strict=True)] = 64
     """Longest sample in tokens; the rest of a text is cut off."""
-    workers: Natural = 0
-    """Processes that collate batches beside the training process; 0 collates in it."""
+    workers: Natural | None = None
+    """Processes that collate batches beside the training process; 0 collates in it. By default 1 for a GPU, which would
+    wait, and 0 for a CPU, whose cores have enough to do."""
     tokenize_processes: Count | None = None
     """Processes that cut texts into tokens; by default one for each core, at most 8. Small data uses fewer."""
     max_bad_rows: Natural = 100
@@ -180,8 +181,9 @@ class SourcesConfig:
     on the data, and it takes as long as cutting into tokens."""
     decontaminate: Annotated[int, Field(ge=5, strict=True)] | None = None
     """Drop training texts that share a run of so many words with a held-out one; 13 is usual. By default none."""
-    workers: Natural = 0
-    """Processes that collate batches beside the training process; 0 collates in it."""
+    workers: Natural | None = None
+    """Processes that collate batches beside the training process; 0 collates in it. By default 1 for a GPU, which would
+    wait, and 0 for a CPU, whose cores have enough to do."""
     tokenize_processes: Count | None = None
     """Processes that cut texts into tokens; by default one for each core, at most 8. Small data uses fewer."""
     max_bad_rows: Natural = 100
