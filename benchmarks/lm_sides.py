@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ def recipe(name: str, target: Path, steps: int, options: Mapping[str, Any]) -> t
         **options,
     }
     run([sys.executable, str(ROOT / "recipes" / name), *words(given), "--generate.prompts"])
+    shutil.rmtree(target / "checkpoints")  # three times the weights for each round
     return read_run(target)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +28,7 @@ from transformers import (
     default_data_collator,
 )
 
-from benchmarks.trainer_side import Clock, add_options, held_out, language_model_options, logged, tell, train
+from benchmarks.trainer_side import Clock, add_options, held_out, language_model_options, logged, rows, tell, train
 
 
 def main() -> None:
@@ -36,7 +36,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=["trainer-best", "trainer-compiled"])
     parser.add_argument("--network", required=True, help="folder with the configuration and the tokenizer")
-    parser.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl, rows with text")
     parser.add_argument("--length", type=int, required=True, help="tokens of a block")
     parser.add_argument("--weight-decay", type=float, required=True)
     parser.add_argument("--final-share", type=float, required=True, help="of the learning rate, at the end")
@@ -44,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.network)
-    texts = {name: tokenised(options, name, tokenizer) for name in ("train", "test")}
+    texts = {name: tokenised(rows(options, name), tokenizer) for name in ("train", "test")}
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.network))
     clock = Clock()
     trainer = Trainer(
@@ -69,11 +68,9 @@ def main() -> None:
     tell(clock, peak, losses=losses, tokens=[tokens] * len(losses), after=after, parameters=model.num_parameters())
 
 
-def tokenised(options: argparse.Namespace, name: str, tokenizer: Any) -> list[list[int]]:
-    """The tokens of each text of a file, and the end token behind them."""
-    file, cache = str(Path(options.data) / f"{name}.jsonl"), str(Path(options.output) / "cache")
-    rows = load_dataset("json", data_files=file, split="train", cache_dir=cache)
-    found = tokenizer(rows["text"][:], add_special_tokens=False, return_attention_mask=False, verbose=False)
+def tokenised(texts: Dataset, tokenizer: Any) -> list[list[int]]:
+    """The tokens of each text, and the end token behind them."""
+    found = tokenizer(texts["text"][:], add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [[*ids, tokenizer.eos_token_id] for ids in found["input_ids"]]
 
 

@@ -6,9 +6,11 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, load_dataset
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
@@ -36,12 +38,19 @@ class Clock(TrainerCallback):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `language_model_options` reads."""
+    """What `rows` and `language_model_options` read."""
+    parser.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl")
     parser.add_argument("--output", required=True, help="folder that the Trainer may write to")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--micro-batch", type=int, required=True, help="sequences of one forward pass")
     parser.add_argument("--accumulate", type=int, required=True, help="forward passes of a step")
     parser.add_argument("--lr", type=float, required=True)
+
+
+def rows(options: argparse.Namespace, name: str) -> Dataset:
+    """Those of a file of `--data`."""
+    file, cache = Path(options.data) / f"{name}.jsonl", Path(options.output) / "cache"
+    return load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
 
 
 def language_model_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,12 +14,16 @@ import pytest
 from benchmarks.side_by_side import summary
 from tests.recipes.launching import ROOT, environment
 
+NO_TRL = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (the extra bench)")
 COMMANDS = [
     ["bert_cls_vs_trainer.py", "--rows", "32", "--peer", "loop", "--lengths", "uniform"],  # others take minutes
     ["predict_vs_pipeline.py", "--rows", "32"],
     ["predict_vs_pipeline.py", "--rows", "32", "--peer", "trainer"],
     ["start_vs_trainer.py", "--rows", "32"],
     ["step_by_network.py", "--network", "vit"],
+    ["pretrain_lm_vs_trainer.py", "--global-batch", "2", "--steps", "8"],
+    pytest.param(["sft_vs_trl.py", "--rows", "1", "--global-batch", "1"], marks=NO_TRL),
+    pytest.param(["sft_vs_trl.py", "--rows", "1", "--global-batch", "1", "--peer", "trl-packed"], marks=NO_TRL),
 ]
 
 
