@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from toolkit.compute.host import pinned
-from toolkit.compute.texts import Texts
+from toolkit.compute.texts import Texts, few_sizes
 from toolkit.errors import ConfigError
 from toolkit.strategies.base import TorchStrategy
 from toolkit.tasks import Batch, Task
@@ -96,9 +96,9 @@ class Graphs:
         """What `learn` makes of `batch`, which is on the CPU, filled up. The result is good until the next one."""
         size, length = batch.inputs["attention_mask"].shape
         # A power of two, for lengths vary from batch to batch; all that is computed on padding are embeddings.
-        batch = self._task.filled(batch, _rounded(size)[0], max(SHORTEST, 1 << (length - 1).bit_length()))
+        batch = self._task.filled(batch, few_sizes(size)[0], max(SHORTEST, 1 << (length - 1).bit_length()))
         mask = batch.inputs["attention_mask"]
-        shape: Shape = (*mask.shape, *_rounded(int(mask.sum())))
+        shape: Shape = (*mask.shape, *few_sizes(int(mask.sum())))
         graph = self._graphs.get(shape)
         if graph is None and shape in self._met and len(self._graphs) < MOST:
             began = time.monotonic()
@@ -135,9 +135,3 @@ class _Graph:
         self._units.copy_(units)
         self._graph.replay()
         return self._loss
-
-
-def _rounded(count: int) -> tuple[int, int]:
-    """Up to a multiple of a sixteenth of its own magnitude: at most 6 % more, 3 % in the mean; and that multiple."""
-    multiple = max(1, (1 << (count.bit_length() - 1)) // 16)
-    return -(-count // multiple) * multiple, multiple

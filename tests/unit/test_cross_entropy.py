@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 from tests.ranks import on_ranks
 from toolkit.compute import cross_entropy as module
 from toolkit.compute import fuse_loss, linear_cross_entropy, remove_padding
-from toolkit.compute.cross_entropy import text_losses
+from toolkit.compute.cross_entropy import EVEN, _chunks, text_losses
 from toolkit.config import OptimConfig, StrategyConfig
 from toolkit.data.loader import batch_shape
 from toolkit.errors import ModelError
@@ -212,13 +212,24 @@ def multiplications(needed: tuple[bool, bool], grad: bool = True, counted: torch
     return sum(seen.products) / (TOKENS * WIDTH * VOCABULARY)
 
 
-def test_only_what_is_needed_is_computed() -> None:
+def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVEN", 1)  # nothing fills the chunk up
     assert multiplications((True, True)) == 3
     assert multiplications((True, False)) == 2, "a frozen weight"
     assert multiplications((False, True)) == 2
     assert multiplications((False, False)) == 1
     assert multiplications((True, True), grad=False) == 1
     assert multiplications((True, True), counted=labels()) == 2, "two thirds count"
+
+
+def test_chunks_have_few_sizes() -> None:
+    """A CPU keeps what it prepares for each size."""
+    weight = torch.empty(2**13, 1)
+    found = {count: _chunks(count, weight) for count in range(1, 8200)}
+    assert all(count <= size * number <= count + 64 * number for count, (size, number) in found.items())
+    assert all(size <= 2048 for size, _ in found.values())
+    assert {found[count][0] for count in range(7700, 8190)} == {1984, 2048}
+    assert _chunks(0, weight) == (2048, 0)
 
 
 def test_logits_are_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +394,7 @@ def test_adapters() -> None:
         assert_same_loss(expected, fused)
         with Products() as seen:
             fused(**INPUTS, labels=LABELS)
-        head = int((LABELS != -100).sum()) * WIDTH * VOCABULARY
+        head = -(-int((LABELS != -100).sum()) // EVEN) * EVEN * WIDTH * VOCABULARY
         assert seen.products.count(head) == 2, "no gradient of the frozen head"
 
 

@@ -10,9 +10,9 @@ import torch
 from tests.parity.job import tiny_bert, tiny_data, tiny_tokenizer
 from tests.unit.test_strategy_choice import choose
 from toolkit.compute import remove_padding
-from toolkit.compute.texts import ROW, Texts
+from toolkit.compute.texts import ROW, Texts, few_sizes
 from toolkit.errors import ConfigError
-from toolkit.graphs import _rounded, check_graphs, check_recordable
+from toolkit.graphs import check_graphs, check_recordable
 from toolkit.tasks import Classification, LanguageModeling
 
 CPU = torch.device("cpu")
@@ -68,10 +68,10 @@ def test_what_fills_a_batch_up_changes_nothing(size: int, length: int, found: tu
 
 
 def test_sizes_are_few_and_little_larger() -> None:
-    sizes = {_rounded(count) for count in range(1025, 2049)}
+    sizes = {few_sizes(count) for count in range(1025, 2049)}
     assert len(sizes) == 17
     assert all(size % multiple == 0 for size, multiple in sizes)
-    assert all(0 <= _rounded(count)[0] - count <= count / 16 for count in range(1, 5000))
+    assert all(0 <= few_sizes(count)[0] - count <= count / 16 for count in range(1, 5000))
 
 
 def test_other_texts_in_the_same_places() -> None:

@@ -24,6 +24,8 @@ CHUNK, CHUNK_ON_GPU = 2**24, 2**27
 """Logits at a time. Each chunk passes once over the gradient of the weight, so it must have many tokens: these are 128
 of the largest vocabularies of today, 1,024 on a GPU, whose products are fast beside its memory; and it is 64 MiB in
 fp32, less than that gradient has, or 512 MiB."""
+EVEN = 64
+"""Tokens of a chunk are a multiple of it."""
 PART = 2**21
 """Elements of a gradient at a time, where it is converted: so few that their memory is used again and again."""
 FP16_SCALE = 2.0**15
@@ -58,10 +60,13 @@ def linear_cross_entropy(
     # torch's own       3.2    158        5.8    332                2.0e-2                      2.7e-3
     # here              2.7    152        1.1    217                2.5e-6                      1.9e-3
     # logits            2.9    746        1.3    750                2.5e-6                      1.6e-3
-    counted = on_device((on_host(labels).flatten() != IGNORED).nonzero().squeeze(1), hidden.device)
+    counted = (on_host(labels).flatten() != IGNORED).nonzero().squeeze(1)
+    size, number = _chunks(len(counted), weight)
+    # Chunks of one size, of which there are few: the last one shows the first token again, which does not count twice.
+    filled = on_device(torch.cat([counted, counted[:1].expand(number * size - len(counted))]), hidden.device)
     # The types are those of the weight, whatever autocast would make of them.
-    chosen = hidden.flatten(0, -2).index_select(0, counted).to(weight.dtype)
-    inputs = (chosen, weight, bias, labels.flatten().index_select(0, counted))
+    chosen = hidden.flatten(0, -2).index_select(0, filled).to(weight.dtype)
+    inputs = (chosen, weight, bias, labels.flatten().index_select(0, filled), len(counted), size)
     with torch.autocast(hidden.device.type, enabled=False):
         return _Loss.apply(*inputs, torch.is_grad_enabled())  # type: ignore[no-any-return,no-untyped-call]
 
@@ -84,10 +89,14 @@ def text_losses(
         (texts,) in fp32; 0 with gradients of 0 for a text in which no label counts.
     """
     text, position = (on_device(at, hidden.device) for at in (on_host(labels) != IGNORED).nonzero(as_tuple=True))
+    size, number = _chunks(len(text), weight)
+    real, filler = len(text), number * size - len(text)
+    text, position = (torch.cat([at, at[:1].expand(filler)]) for at in (text, position))
     counted, wanted = hidden[text, position].to(weight.dtype), labels[text, position]
+    wanted[real:] = IGNORED
     sums = hidden.new_zeros(len(labels), dtype=torch.float32) + 0 * hidden.sum()
     with torch.autocast(hidden.device.type, enabled=False):
-        for part in _chunks(len(wanted), weight):
+        for part in map(slice, range(0, len(wanted), size), range(size, len(wanted) + 1, size)):
             losses = checkpoint(_losses, counted[part], weight, bias, wanted[part], use_reentrant=False)
             sums = sums.index_add(0, text[part], losses)
     return sums
@@ -125,7 +134,7 @@ def fuse_loss(model: Any, *, each_text: bool = False) -> str:
 
 
 class _Loss(torch.autograd.Function):
-    """All labels count."""
+    """All labels count, but for the last few where there are more tokens than `counted`."""
 
     @staticmethod
     def forward(
@@ -134,6 +143,8 @@ class _Loss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
+        counted: int,
+        size: int,
         grad_enabled: bool,
     ) -> torch.Tensor:
         inputs = (hidden, weight, bias)
@@ -147,8 +158,9 @@ class _Loss(torch.autograd.Function):
             for tensor, needed in zip(inputs, ctx.needs_input_grad[:3], strict=True)
         ]
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
-        for part in _chunks(len(labels), weight):
-            loss += _add_gradients(inputs, labels[part], part, gradients, ctx.scale)
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            loss += _add_gradients(inputs, labels[part], part, counted - start, gradients, ctx.scale)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -159,15 +171,20 @@ class _Loss(torch.autograd.Function):
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (
             *(None if gradient is None else _times(gradient, factor, dtype) for gradient, dtype in gradients),
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
-def _chunks(tokens: int, weight: torch.Tensor) -> list[slice]:
-    """Of so many tokens, each with as many logits as there are words."""
-    size = max(1, (CHUNK_ON_GPU if weight.is_cuda else CHUNK) // len(weight))
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+def _chunks(tokens: int, weight: torch.Tensor) -> tuple[int, int]:
+    """How large chunks of so many tokens are, each with as many logits as there are words, and how many.
+
+    All are alike, and a multiple of `EVEN`, because a CPU prepares for each size that it has not met (`compute.texts`).
+    """
+    most = max(1, (CHUNK_ON_GPU if weight.is_cuda else CHUNK) // len(weight))
+    number = -(-tokens // most)
+    if not number:
+        return most, 0
+    return min(most, -(-tokens // (number * EVEN)) * EVEN), number
 
 
 def _losses(
@@ -181,10 +198,11 @@ def _add_gradients(
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     labels: torch.Tensor,
     part: slice,
+    counted: int,
     gradients: list[torch.Tensor | None],
     scale: float,
 ) -> torch.Tensor:
-    """The loss of a part of the tokens, with these labels; its gradients, times `scale`, join the others."""
+    """The loss of the first `counted` of a part of the tokens; its gradients, times `scale`, join the others."""
     (hidden, weight, bias), (of_hidden, of_weight, of_bias) = inputs, gradients
     at_label = labels[:, None]
     logits = _product(hidden[part], weight.T).float()
@@ -194,11 +212,12 @@ def _add_gradients(
     logits -= logits.amax(1, keepdim=True)
     of_labels = logits.gather(1, at_label)
     sums = logits.exp_().sum(1, keepdim=True)
-    loss = (sums.log() - of_labels).sum()
+    loss = (sums.log() - of_labels)[:counted].sum()
     if of_hidden is None and of_weight is None and of_bias is None:
         return loss
     errors = logits.div_(sums)  # the gradient of the logits: softmax, less 1 at the label
     errors.scatter_add_(1, at_label, -torch.ones_like(of_labels))
+    errors[counted:] = 0
     if scale != 1:
         errors *= scale
     if of_bias is not None:
