@@ -22,6 +22,7 @@ LEARN = ["--train.steps", "60", "--optim.lr", "2e-2", "--adapter.rank", "4", "--
     ("quantization", "ranks", "more"),
     [
         ("nf4", 2, ["--strategy.name", "fsdp", "--precision", "bf16"]),
+        ("nf4", 1, ["--adapter.name", "loftq"]),
         *(
             pytest.param(quantization, ranks, more, marks=pytest.mark.slow)
             for quantization, ranks, more in (
