@@ -22,11 +22,11 @@ LEARN = ["--train.steps", "60", "--optim.lr", "2e-2", "--adapter.rank", "4", "--
     ("quantization", "ranks", "more"),
     [
         ("nf4", 2, ["--strategy.name", "fsdp", "--precision", "bf16"]),
-        ("nf4", 1, ["--adapter.name", "loftq"]),
         *(
             pytest.param(quantization, ranks, more, marks=pytest.mark.slow)
             for quantization, ranks, more in (
                 ("nf4", 1, []),
+                ("nf4", 1, ["--adapter.name", "loftq"]),
                 ("int8", 2, ["--precision", "bf16"]),
                 ("fp4-double", 2, ["--strategy.name", "zero3", "--adapter.name", "rslora"]),
                 ("nf4-double", 2, ["--strategy.name", "zero2", "--adapter.name", "dora", "--precision", "bf16"]),

@@ -131,7 +131,7 @@ def test_a_run_goes_on_to_the_bit(chats: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("bert_cls", ["--adapter.name", "prefix", "--train.compile", "True"], "--train.compile does not work with"),
+        ("bert_cls", ["--adapter.name", "prompt", "--train.compile", "True"], "--train.compile does not work with"),
         (
             "bert_cls",
             ["--adapter.name", "prefix", "--train.activation_checkpointing", "full"],
