@@ -292,6 +292,19 @@ def load_adapted(folder: Path, *, quantized: bool = False) -> Any:
     return adapted.eval()
 
 
+def check_mergeable(folder: Path) -> None:
+    """Refuse to merge an adapter that cannot become part of the weights.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    if (name := read_adapter(folder).config.name) in PROMPTS:
+        raise ConfigError(
+            f"{folder} is an adapter of kind {name}: virtual tokens stand in front of a text, and cannot be merged",
+            "Use it on its base, as it is (`toolkit predict`, or PEFT).",
+        )
+
+
 def in_place(adapted: Any) -> Any:
     """The model in which the adapter is, of PEFT's model around it, which is not to be used any more."""
     model, config = adapted.get_base_model(), adapted.peft_config["default"]

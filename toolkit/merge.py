@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from toolkit.adapters import FILE, load_adapted, read_adapter
+from toolkit.adapters import FILE, check_mergeable, load_adapted, read_adapter
 from toolkit.checkpoint.export import (
     answer,
     load_tokenizer,
@@ -23,7 +23,6 @@ from toolkit.checkpoint.export import (
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.folders import refuse_taken, written_aside
 from toolkit.predict.saved import find_model
-from toolkit.prompts import NOT_MERGED, PROMPTS
 from toolkit.requirements import check_versions
 
 BOUNDS = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
@@ -63,14 +62,12 @@ def run(arguments: Namespace) -> int:
     folder = find_model(source).folder
     if not (folder / FILE).is_file():
         raise CheckpointError(f"{folder} is a whole model, with no adapter to merge", "Use it as it is.")
-    adapter = read_adapter(folder)
-    if (name := adapter.config.name) in PROMPTS:
-        raise ConfigError(f"{folder} is an adapter of kind {name}: {NOT_MERGED}", "Use it on its base, as it is.")
+    check_mergeable(folder)
     target = arguments.out.expanduser() if arguments.out else source / "merged"
     refuse_taken(target)
     check_versions()
     quantized = arguments.base == "quantized"
-    if quantized and adapter.quantization == "none":
+    if quantized and read_adapter(folder).quantization == "none":
         raise ConfigError(f"--base quantized has no effect: the base of {folder} was not quantized", "Drop it.")
     found = merge(folder, target, arguments.dtype, quantized=quantized)
     print(target)

@@ -24,7 +24,6 @@ PROMPTS = ("prompt", "prefix")
 VIRTUAL_TOKENS = 20
 LEAST = 9
 """Tokens of a text that there must be room for: as many as models are tried with."""
-NOT_MERGED = "virtual tokens stand in front of a text, and are no part of the weights"
 OTHERWISE = "Train an adapter in the layers (--adapter.name lora)."
 
 

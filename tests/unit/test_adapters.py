@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from transformers import (
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -28,12 +28,16 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tests.parity.job import Recording, tiny_bert, tiny_data, tiny_llama
-from toolkit.adapters import READS, adapter_of, add_adapter, check_adapter, fingerprint, left_out
+from tests.chats import save_chat_model
+from tests.parity.job import Recording, tiny_bert, tiny_data, tiny_gpt2, tiny_llama
+from toolkit.adapters import READS, adapter_of, add_adapter, check_adapter, fingerprint, left_out, load_adapted
+from toolkit.checkpoint.adapted import export_adapter
+from toolkit.checkpoint.export import write_base
 from toolkit.compute import remove_padding, replace_dropout
-from toolkit.config import AdapterConfig, OptimConfig
+from toolkit.config import AdapterConfig, ModelConfig, OptimConfig
+from toolkit.decoders import load_decoder
 from toolkit.errors import ConfigError, ModelError
-from toolkit.models import freeze, input_limits, repeated_blocks, width
+from toolkit.models import freeze, input_limits, load_tokenizer, repeated_blocks, width
 from toolkit.optim import adamw, set_learning_rate
 from toolkit.precision import Precision
 from toolkit.probe import probe_gradients
@@ -247,11 +251,6 @@ def test_what_a_checkpoint_need_not_hold() -> None:
 # LoftQ.
 
 
-def tiny_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(7)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=32))
-
-
 def low_bit(make: Any, name: str, quantization: str = "nf4", **settings: Any) -> Any:
     config = AdapterConfig(name=name, rank=8, **settings)  # type: ignore[arg-type]
     return add_adapter(make(), config, seed=5, low_bit=LowBit(quantization)).eval()
@@ -294,6 +293,29 @@ def test_loftq_takes_the_nearest_product() -> None:
     assert float(left.norm()) == pytest.approx(float(torch.linalg.svdvals(weight - rounded)[8:].norm()), rel=1e-4)
     a, b = (getattr(begun.get_submodule(name), f"lora_{half}").default.weight for half in "AB")
     assert a.norm(dim=1).tolist() == pytest.approx(b.norm(dim=0).tolist(), rel=1e-4)
+
+
+def test_what_loftq_leaves_is_for_both_bases(tmp_path: Path) -> None:
+    """On the plain base, what has not been trained changes nothing; on the rounded one, it answers as in training."""
+    source = ModelConfig(name=str(save_chat_model(tmp_path / "model")))
+    tokenizer = load_tokenizer(source)
+    inputs = {"input_ids": torch.arange(2, 26).view(2, 12)}
+    config = AdapterConfig(name="loftq", rank=4, targets=("all-linear",))
+    plain, model = (load_decoder(source, tokenizer, 32, seed=0).eval() for _ in range(2))
+    add_adapter(model, config, seed=5, low_bit=LowBit("nf4"))
+    write_base(model, tokenizer, tmp_path / "base")
+    with torch.no_grad():
+        for kind in ("begun", "trained"):
+            weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            export_adapter(tmp_path / "base", weights, tmp_path / kind)
+            answers = load_adapted(tmp_path / kind, quantized=True)(**inputs).logits
+            assert torch.allclose(answers, model(**inputs).logits, atol=1e-5)
+            if kind == "begun":
+                answers = load_adapted(tmp_path / kind)(**inputs).logits
+                assert torch.allclose(answers, plain(**inputs).logits, atol=1e-5)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.02 * torch.randn(parameter.shape)
 
 
 def test_what_loftq_is_not_for() -> None:

@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
     MistralConfig,
@@ -25,7 +23,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tests.parity.job import Recording, RecordingTexts, tiny_bert, tiny_data, tiny_llama, tiny_texts
+from tests.parity.job import Recording, RecordingTexts, tiny_bert, tiny_data, tiny_gpt2, tiny_llama, tiny_texts
 from toolkit.adapters import adapter_of, add_adapter, left_out
 from toolkit.compute import checkpoint_activations, fuse_loss, remove_padding
 from toolkit.compute.cross_entropy import IGNORED
@@ -39,11 +37,6 @@ from toolkit.probe import probe_gradients
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 COUNT = 5
 Make = Callable[[], Any]
-
-
-def tiny_gpt2() -> Any:
-    torch.manual_seed(7)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=32, pad_token_id=0))
 
 
 def tiny_roberta() -> Any:
@@ -175,6 +168,26 @@ def test_the_probe_finds_a_gradient(name: str, make: Make) -> None:
         task, data = RecordingTexts(fused=False), tiny_texts()
     task.seen.append([])
     probe_gradients(model, task, task.collate(data[:6], empty=False), Precision("fp32"))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+@torch.no_grad()
+def test_texts_are_continued_alike_behind_padding_and_from_a_cache(name: str, make: Make) -> None:
+    model = fronted(make, name)
+    inputs = short_texts(model.config)
+    ids, lengths = inputs["input_ids"], inputs["attention_mask"].sum(1).tolist()
+    padded = torch.stack([row.roll(9 - length) for row, length in zip(ids, lengths, strict=True)])
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = inputs["attention_mask"].flip(1)
+    found = model.generate(
+        input_ids=padded, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options
+    )
+    for row, length in enumerate(lengths):
+        whole = found.sequences[row : row + 1, 9 - length :]
+        expected = model(input_ids=whole).logits[0, length - 1 : -1]
+        logits = torch.stack([step[row] for step in found.logits])
+        assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_places_that_are_left() -> None:
