@@ -30,7 +30,7 @@ from toolkit.data import answer_end, answer_pairs, preferences, question, use_te
 from toolkit.data.summary import plan_of_pairs, report_of_pairs
 from toolkit.decoders import load_decoder, stop_at
 from toolkit.models import input_limits, load_tokenizer, width
-from toolkit.reference import score_reference
+from toolkit.reference import check_reference, score_reference
 from toolkit.session import Session
 from toolkit.start import start
 from toolkit.tasks import Preferences
@@ -58,6 +58,7 @@ class Config:
 
 def main(config: Config) -> None:
     """The whole run."""
+    check_reference(config.adapter, config.preference)
     with Session("dpo", config) as session:
         corpus = answer_pairs(config.data)
         tokenizer = load_tokenizer(config.model, pads=False)

@@ -1,7 +1,7 @@
 """Adapters over PEFT: few new weights in a frozen network, and folders of them that plain PEFT loads.
 
-The layers are put into the model itself, which stays what it was for all that wraps it or looks into it. PEFT is
-imported when an adapter is asked for: it takes seconds.
+The layers, or virtual tokens, are put into the model itself, which stays what it was for all that wraps it or looks
+into it. PEFT is imported when an adapter is asked for: it takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from toolkit.config import AdapterConfig, ModelConfig, plain, validate
 from toolkit.errors import CheckpointError, ConfigError, ModelError, nearest
 from toolkit.models import load_again, origin_of
-from toolkit.quantization import PLAIN, LowBit, quantize, round_weights
+from toolkit.prompts import PROMPTS, VIRTUAL_TOKENS, add_virtual_tokens, prompt_config, prompt_state
+from toolkit.quantization import PLAIN, LowBit, is_quantized, quantize, round_weights, rounding_errors
 
 FILE = "adapter.json"
 """What stands beside a saved adapter, and beside the configuration of its run: an `Adapter`."""
@@ -39,8 +40,9 @@ WEIGHTS = "adapter_model.safetensors"
 _ALL = frozenset({"rank", "alpha", "dropout", "targets", "lr_ratio", "train"})
 READS = {
     "none": frozenset[str](),
-    **dict.fromkeys(("lora", "rslora", "dora", "pissa"), _ALL),
+    **dict.fromkeys(("lora", "rslora", "dora", "pissa", "loftq"), _ALL),
     "ia3": frozenset({"targets", "train"}),
+    **dict.fromkeys(PROMPTS, frozenset({"virtual_tokens"})),
 }
 """The settings that each adapter reads."""
 RANK = 16
@@ -49,6 +51,9 @@ NOT_QUANTIZED = {
     "pissa": "it begins with the singular values of a weight, takes them out of it, and needs both in full precision",
 }
 """Adapters that have no place on quantized layers, and why."""
+QUANTIZED = {"loftq": "it begins with what rounding takes from the weights, and nothing is rounded"}
+"""Adapters that have no place on others."""
+QUANTIZE = "Add --quantization nf4, or use --adapter.name lora."
 ADAPT_OTHERWISE = "Train an adapter that has (--adapter.name lora), or drop --quantization."
 
 
@@ -60,7 +65,7 @@ class Adapter:
         config, seed: as asked for.
         base, revision: where the frozen weights came from, as in ModelConfig; empty for a model made in memory.
         fingerprint: SHA-256 of the weights that the adapter is for: all but the modules that are trained whole.
-        layers: names of those with an adapter.
+        layers: names of those with an adapter; none for virtual tokens.
         whole: names of the modules that are trained whole.
         quantization: of the other linear layers, while the adapter was trained.
     """
@@ -80,12 +85,14 @@ class Adapter:
 
     def describe(self) -> str:
         """For the plan: what matched."""
-        kinds = Counter(name.rpartition(".")[2] for name in self.layers)
-        there = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
-        rank = "" if self.config.name == "ia3" else f" of rank {self.config.rank or RANK}"
         # Those of all blocks as one.
         alike = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in self.whole)
         whole = f"; whole: {', '.join(alike)}" if alike else ""
+        if self.config.name in PROMPTS:
+            return f"{self.config.name} of {self.config.virtual_tokens or VIRTUAL_TOKENS} virtual tokens{whole}"
+        kinds = Counter(name.rpartition(".")[2] for name in self.layers)
+        there = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+        rank = "" if self.config.name == "ia3" else f" of rank {self.config.rank or RANK}"
         return f"{self.config.name}{rank} in {len(self.layers)} layers ({there}){whole}"
 
 
@@ -111,13 +118,15 @@ def check_adapter(config: AdapterConfig) -> None:
 
 
 def check_quantized(name: str, quantization: str) -> None:
-    """Refuse adapters that cannot be put on quantized layers.
+    """Refuse adapters that cannot be put on quantized layers, or on plain ones.
 
     Raises:
         ConfigError: naming the reason and the remedy.
     """
     if quantization != "none" and (reason := NOT_QUANTIZED.get(name)):
         raise ConfigError(f"--quantization {quantization} with --adapter.name {name}: {reason}", ADAPT_OTHERWISE)
+    if quantization == "none" and (reason := QUANTIZED.get(name)):
+        raise ConfigError(f"--adapter.name {name} without --quantization: {reason}", QUANTIZE)
 
 
 def add_adapter(model: Any, config: AdapterConfig, *, seed: int, low_bit: LowBit = PLAIN) -> Any:
@@ -138,13 +147,14 @@ def add_adapter(model: Any, config: AdapterConfig, *, seed: int, low_bit: LowBit
         return model
     _refuse_in_vain(model, config)
     whole = _whole(model, config)
-    layers = _layers(model, config, whole)
+    layers = [] if config.name in PROMPTS else _layers(model, config, whole)
     origin = origin_of(model)
     base, revision = (origin.name, origin.revision) if origin else ("", None)
     digest = fingerprint(model, whole)  # of the plain weights, which an adapter can be put on again
-    quantize(model, low_bit, keep=whole)
     adapter = Adapter(config, seed, base, revision, digest, tuple(layers), tuple(whole), low_bit.name)
-    return _inject(model, adapter)
+    beginning = _corrections(model, adapter, low_bit.device)
+    quantize(model, low_bit, keep=whole)
+    return _add(model, adapter, beginning)
 
 
 def adapter_of(model: Any) -> Adapter | None:
@@ -213,7 +223,8 @@ def load_base(folder: Path) -> Any:
 
 def rebuild(folder: Path) -> Any:
     """Base and adapter as the run began with them; see `load_base`."""
-    return _inject(load_base(folder), read_adapter(folder))
+    model, adapter = load_base(folder), read_adapter(folder)
+    return _add(model, adapter, _corrections(model, adapter))
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -227,19 +238,24 @@ def save_adapter(model: Any, folder: Path) -> None:
     assert adapter is not None
     state = adapter_state(model)
     config = copy.deepcopy(model.peft_config["default"])
-    if adapter.config.name == "pissa":
+    if adapter.config.name in ("pissa", "loftq"):
         state = _beside_the_whole_weights(model, load_base(folder), state, config)
     config.base_model_name_or_path, config.revision, config.inference_mode = adapter.base, adapter.revision, True
     for key in ("target_modules", "feedforward_modules"):
         if hasattr(config, key):  # sets, which would be written in another order each time
             setattr(config, key, sorted(getattr(config, key)))
     config.save_pretrained(folder)
-    tensors = {f"base_model.model.{name}": tensor.clone().contiguous() for name, tensor in state.items()}
+    # Virtual tokens have no layers, nor PEFT's model around them, for their names to come from.
+    inside = "" if adapter.config.name in PROMPTS else "base_model.model."
+    tensors = {f"{inside}{name}": tensor.clone().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     """What is trained of a model with an adapter, by the names that PEFT's files have for it; not copied."""
+    adapter = adapter_of(model)
+    if adapter and adapter.config.name in PROMPTS:
+        return prompt_state(model, adapter.whole)
     with _quiet():
         state: dict[str, torch.Tensor] = import_peft().get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach() for name, tensor in state.items()}
@@ -271,7 +287,30 @@ def load_adapted(folder: Path, *, quantized: bool = False) -> Any:
     state = {name: tuple(tensor.shape) for name, tensor in adapter_state(adapted).items()}
     if wrong := sorted(state.items() ^ there.items()):
         raise ModelError(f"the adapter in {folder} does not fit: {wrong[0][0]}", "Copy it again, or train again.")
+    if quantized and adapter.config.name == "loftq":
+        _keep_corrections(adapted)
     return adapted.eval()
+
+
+def check_mergeable(folder: Path) -> None:
+    """Refuse to merge an adapter that cannot become part of the weights.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    if (name := read_adapter(folder).config.name) in PROMPTS:
+        raise ConfigError(
+            f"{folder} is an adapter of kind {name}: virtual tokens stand in front of a text, and cannot be merged",
+            "Use it on its base, as it is (`toolkit predict`, or PEFT).",
+        )
+
+
+def in_place(adapted: Any) -> Any:
+    """The model in which the adapter is, of PEFT's model around it, which is not to be used any more."""
+    model, config = adapted.get_base_model(), adapted.peft_config["default"]
+    if config.is_prompt_learning:
+        add_virtual_tokens(model, config, adapted.prompt_encoder["default"])
+    return model
 
 
 def import_peft() -> Any:
@@ -282,11 +321,17 @@ def import_peft() -> Any:
     return peft
 
 
-def _inject(model: Any, adapter: Adapter) -> Any:
+def _add(model: Any, adapter: Adapter, beginning: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Any:
     peft = import_peft()
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(adapter.seed)
-        peft.inject_adapter_in_model(_peft_config(peft, model, adapter), model)
+        if adapter.config.name in PROMPTS:
+            model.requires_grad_(False)
+            add_virtual_tokens(model, prompt_config(peft, model, adapter.config, list(adapter.whole)))
+            for name in adapter.whole:
+                model.get_submodule(name).requires_grad_(True)
+        else:
+            peft.inject_adapter_in_model(_peft_config(peft, model, adapter), model)
     layer = peft.tuners.tuners_utils.BaseTunerLayer
     tuned = {name for name, module in model.named_modules() if isinstance(module, layer)}
     if others := sorted(tuned ^ set(adapter.layers)):
@@ -299,6 +344,7 @@ def _inject(model: Any, adapter: Adapter) -> Any:
             parameter.data = parameter.data.float()
         if not parameter.is_contiguous():  # PiSSA's need not be
             parameter.data = parameter.data.contiguous()
+    _begin(model, beginning)
     model.toolkit_adapter = adapter
     return model
 
@@ -357,7 +403,7 @@ def _layers(model: Any, config: AdapterConfig, whole: Sequence[str]) -> list[str
         found = [set(_matching("targets", pattern, linear, "linear layer")) for pattern in config.targets]
         layers = [name for name in linear if any(name in names for names in found)]
     rank = config.rank or RANK
-    if config.name == "pissa" and (low := [n for n in layers if min(linear[n].weight.shape) < rank]):
+    if config.name in ("pissa", "loftq") and (low := [n for n in layers if min(linear[n].weight.shape) < rank]):
         raise ConfigError(f"--adapter.rank {rank}: {low[0]} has no so many singular values", "Set it lower.")
     return layers
 
@@ -410,8 +456,52 @@ def _peft_config(peft: Any, model: Any, adapter: Adapter) -> Any:
 
 
 @torch.no_grad()
+def _corrections(
+    model: nn.Module, adapter: Adapter, device: torch.device = PLAIN.device
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """LoftQ's A and B of each layer (Li et al. 2023, algorithm 1, with one iteration, as PEFT has it for a base that is
+    quantized already): their product is the nearest of its rank to what rounding takes from the weight."""
+    if adapter.config.name != "loftq":
+        return {}
+    rank = adapter.config.rank or RANK
+    scale = (adapter.config.alpha or 2 * rank) / rank
+    errors = rounding_errors(model, adapter.quantization, keep=adapter.whole)
+    chosen = ((name, error) for name, error in errors if name in adapter.layers)
+    found = {name: _factors(error.to(device) / scale, rank) for name, error in chosen}
+    if not found:
+        raise ConfigError(f"--adapter.name loftq: {QUANTIZED['loftq']} of what --adapter.targets names", QUANTIZE)
+    return found
+
+
+@torch.no_grad()
+def _begin(model: nn.Module, beginning: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """With these A and B. A plain base has lost nothing for them to bring back: it is left without what they add."""
+    for name, (a, b) in beginning.items():
+        layer: Any = model.get_submodule(name)
+        for factor, value in ((layer.lora_A.default, a), (layer.lora_B.default, b)):
+            factor.weight.copy_(value)
+        if not is_quantized(layer.base_layer):
+            layer.base_layer.weight -= layer.get_delta_weight("default")
+
+
+def _keep_corrections(adapted: nn.Module) -> None:
+    """On the rounded base, leave out the half of each saved product that takes back what LoftQ began with."""
+    for module in adapted.modules():
+        if lora_b := getattr(module, "lora_B", None):
+            weight = lora_b.default.weight.data
+            weight[:, weight.shape[1] // 2 :] = 0
+
+
+def _factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (rank, inputs) and B (outputs, rank), of equal norms, whose product B A is the nearest to a matrix."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
+@torch.no_grad()
 def _beside_the_whole_weights(model: Any, base: Any, state: dict[str, Any], config: Any) -> dict[str, torch.Tensor]:
-    """PiSSA's adapter as a LoRA of twice the rank, for the base as it is and not as it was left without its part.
+    """PiSSA's adapter, or LoftQ's, as a LoRA of twice the rank, for the base as it is and not without what was taken.
 
     What was taken out of a weight has the adapter's rank: it is found again by its singular values, and subtracted.
     """
@@ -421,12 +511,10 @@ def _beside_the_whole_weights(model: Any, base: Any, state: dict[str, Any], conf
         if f"{name}.lora_A.weight" not in state:
             continue
         taken = (weights[f"{name}.weight"] - module.base_layer.weight).double() / scale
-        u, s, v = torch.linalg.svd(taken.T if module.fan_in_fan_out else taken, full_matrices=False)
-        half = config.r // 2
-        root = s[:half].sqrt()
+        more_a, more_b = _factors(taken.T if module.fan_in_fan_out else taken, config.r // 2)
         a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
-        state[f"{name}.lora_A.weight"] = torch.cat([a, (root[:, None] * v[:half]).to(a.dtype)])
-        state[f"{name}.lora_B.weight"] = torch.cat([b, -(u[:, :half] * root).to(b.dtype)], dim=1)
+        state[f"{name}.lora_A.weight"] = torch.cat([a, more_a.to(a.dtype)])
+        state[f"{name}.lora_B.weight"] = torch.cat([b, -more_b.to(b.dtype)], dim=1)
     return state
 
 

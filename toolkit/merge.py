@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from toolkit.adapters import FILE, load_adapted, read_adapter
+from toolkit.adapters import FILE, check_mergeable, load_adapted, read_adapter
 from toolkit.checkpoint.export import (
     answer,
     load_tokenizer,
@@ -62,6 +62,7 @@ def run(arguments: Namespace) -> int:
     folder = find_model(source).folder
     if not (folder / FILE).is_file():
         raise CheckpointError(f"{folder} is a whole model, with no adapter to merge", "Use it as it is.")
+    check_mergeable(folder)
     target = arguments.out.expanduser() if arguments.out else source / "merged"
     refuse_taken(target)
     check_versions()

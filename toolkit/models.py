@@ -229,15 +229,32 @@ def input_limits(model: Any, max_length: int) -> dict[str, int | None]:
     Args:
         model: of transformers, not yet laid over the ranks.
         max_length: what texts were cut to; a longer sample is damaged, even where the model could take it.
+
+    Raises:
+        ConfigError: virtual tokens in front of such texts are more than the model has positions for.
     """
-    config = model.config.get_text_config()
-    lengths = [max_length]
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    positions, virtual = learned_positions(model), getattr(model, "virtual_tokens", 0)
+    if positions is None:
+        return {"vocabulary": vocabulary, "positions": max_length}
+    if virtual and max_length > positions - virtual:
+        raise ConfigError(
+            f"--adapter.virtual_tokens {virtual} in front of texts of --data.max_length {max_length} tokens are beyond "
+            f"the {positions} positions that the model has",
+            f"Use --data.max_length {positions - virtual}.",
+        )
+    return {"vocabulary": vocabulary, "positions": min(max_length, positions)}
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many tokens a model has learned the places of; None where it computes them, for any number."""
+    lengths = []
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding):
             # RoBERTa and its kin count from behind the row of the padding; others have rows to spare.
             behind = 0 if module.padding_idx is None else module.padding_idx + 1
-            lengths += [module.num_embeddings - behind, config.max_position_embeddings]
-    return {"vocabulary": getattr(config, "vocab_size", None), "positions": min(lengths)}
+            lengths += [module.num_embeddings - behind, model.config.get_text_config().max_position_embeddings]
+    return min(lengths, default=None)
 
 
 def width(model: Any) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -77,14 +77,17 @@ def quantize(model: Any, low_bit: LowBit, *, keep: Collection[str] = ()) -> list
 @torch.no_grad()
 def round_weights(model: Any, quantization: str, *, keep: Collection[str] = ()) -> None:
     """Give the layers that `quantize` would replace the values that they would then compute with; all stays in fp32."""
-    functional = import_bitsandbytes().functional
     for module in _to_quantize(model, quantization, keep).values():
-        weight: Any = _quantized(module, LowBit(quantization)).weight
-        if quantization == "int8":
-            values = functional.int8_vectorwise_dequant(weight.data, weight.SCB)
-        else:
-            values = functional.dequantize_4bit(weight.data, weight.quant_state)
+        values = _rounded(module, quantization)
         module.weight.copy_(values.T if isinstance(module, Conv1D) else values)
+
+
+@torch.no_grad()
+def rounding_errors(model: Any, quantization: str, *, keep: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `round_weights` would take from each layer that it rounds: its name, and (outputs, inputs) in fp32."""
+    for name, module in _to_quantize(model, quantization, keep).items():
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        yield name, weight.detach() - _rounded(module, quantization)
 
 
 def describe_quantization(model: nn.Module) -> dict[str, str]:
@@ -178,6 +181,15 @@ def import_bitsandbytes() -> Any:
             "Install it (`pip install -c constraints.txt -e .`, on Linux), or drop the option.",
         ) from error
     return bitsandbytes
+
+
+def _rounded(module: Any, quantization: str) -> torch.Tensor:
+    """The weight of a plain layer, (outputs, inputs) in fp32, as a quantized one computes with it."""
+    functional = import_bitsandbytes().functional
+    weight: Any = _quantized(module, LowBit(quantization)).weight
+    if quantization == "int8":
+        return functional.int8_vectorwise_dequant(weight.data, weight.SCB)  # type: ignore[no-any-return]
+    return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
 
 
 def _quantized(module: Any, low_bit: LowBit) -> nn.Module:

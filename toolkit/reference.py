@@ -13,14 +13,30 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from toolkit.config import AdapterConfig, PreferenceConfig
 from toolkit.data.loader import Loader
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.folders import written_aside
+from toolkit.prompts import OTHERWISE, PROMPTS
 from toolkit.session import Session
 from toolkit.tasks import REFERENCE_FREE, Preferences, Scores
 
 FOLDER, FILE = "reference", "log_probabilities.safetensors"
 _TABLE = "log_probabilities"
+
+
+def check_reference(adapter: AdapterConfig, preference: PreferenceConfig) -> None:
+    """Refuse adapters with which the model that training begins with is no reference.
+
+    Raises:
+        ConfigError: naming the reason and the remedy.
+    """
+    if adapter.name in PROMPTS and preference.loss not in REFERENCE_FREE:
+        raise ConfigError(
+            f"--preference.loss {preference.loss} with --adapter.name {adapter.name}: the model is held against the "
+            "one that training begins with, in which virtual tokens stand that nobody has trained",
+            f"{OTHERWISE} Or use a loss without a reference (--preference.loss orpo).",
+        )
 
 
 def score_reference(session: Session, task: Preferences, loaders: Iterable[Loader]) -> None:

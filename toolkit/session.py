@@ -48,6 +48,7 @@ from toolkit.preview import preview
 from toolkit.probe import probe_gradients
 from toolkit.profiler import Profiler, refuse_in_vain, span
 from toolkit.progress import Progress
+from toolkit.prompts import check_prompt
 from toolkit.quantization import checksum, describe_quantization
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, redact, versions
@@ -97,6 +98,7 @@ class Session:
         self.world = world()
         self.console = Console(quiet=not self.world.main)
         check_adapter(config.adapter)
+        check_prompt(config.adapter, config.train)
         if config.adapter.name != "none" and config.checkpoint.max_shard_size != CheckpointConfig().max_shard_size:
             raise ConfigError("--checkpoint.max_shard_size has no effect on an adapter, which is one file", "Drop it.")
         self.shape: BatchShape = batch_shape(config.train.global_batch, config.train.micro_batch, self.world.size)

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -128,6 +130,11 @@ def tiny_llama() -> LlamaForCausalLM:
             tie_word_embeddings=True,
         )
     )
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(7)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=32))
 
 
 @functools.cache

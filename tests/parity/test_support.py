@@ -27,10 +27,11 @@ SMALLEST = dict(reversed(LAYOUTS))
 """The smallest world of each strategy."""
 CELLS = [cell for cell in MATRIX if cell.tested and cell.adapter != "none" and cell.strategy != "diloco"]
 """What trains all weights is in `test_parity`, DiLoCo below."""
-UNDER_DILOCO = ("lora", "rslora", "dora", "pissa", "ia3")
+UNDER_DILOCO = ("lora", "rslora", "dora", "pissa", "ia3", "prompt", "prefix")
 QUICK = {
     *(("nf4", "lora", strategy) for strategy in ("single", "ddp", "fsdp", "zero2", "zero3")),
     *(("int8", "dora", "ddp"), ("nf4-double", "dora", "fsdp"), ("fp4", "ia3", "zero2")),
+    *(("nf4", "loftq", "fsdp"), ("none", "prompt", "zero3"), ("none", "prefix", "fsdp")),
 }
 
 
@@ -44,7 +45,8 @@ def marked(cell: Cell) -> Any:
 
 
 def adapter(name: str) -> AdapterConfig:
-    return AdapterConfig(name=name, **({} if name == "ia3" else {"rank": 4}))  # type: ignore[arg-type]
+    settings = {"ia3": {}, "prompt": {"virtual_tokens": 5}, "prefix": {"virtual_tokens": 5}}
+    return AdapterConfig(name=name, **settings.get(name, {"rank": 4}))  # type: ignore[arg-type]
 
 
 def job(cell: Cell, **more: Any) -> Job:
@@ -99,9 +101,9 @@ def moved(outcome: Outcome, cell: Cell) -> set[str]:
 
 def test_the_cells_are_there() -> None:
     low = [cell for cell in CELLS if cell.quantization != "none"]
-    assert len(low) == 108
+    assert len(low) == 120
     assert {cell.strategy for cell in low} == {"single", "ddp", "fsdp", "zero1", "zero2", "zero3"}
-    assert len(CELLS) - len(low) == 30
+    assert len(CELLS) - len(low) == 42
     assert {(cell.quantization, cell.adapter, cell.strategy) for cell in CELLS} >= QUICK
 
 

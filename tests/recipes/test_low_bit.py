@@ -26,6 +26,7 @@ LEARN = ["--train.steps", "60", "--optim.lr", "2e-2", "--adapter.rank", "4", "--
             pytest.param(quantization, ranks, more, marks=pytest.mark.slow)
             for quantization, ranks, more in (
                 ("nf4", 1, []),
+                ("nf4", 1, ["--adapter.name", "loftq"]),
                 ("int8", 2, ["--precision", "bf16"]),
                 ("fp4-double", 2, ["--strategy.name", "zero3", "--adapter.name", "rslora"]),
                 ("nf4-double", 2, ["--strategy.name", "zero2", "--adapter.name", "dora", "--precision", "bf16"]),

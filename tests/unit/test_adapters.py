@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,15 +28,20 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tests.parity.job import Recording, tiny_bert, tiny_data
-from toolkit.adapters import READS, adapter_of, add_adapter, check_adapter, fingerprint, left_out
+from tests.chats import save_chat_model
+from tests.parity.job import Recording, tiny_bert, tiny_data, tiny_gpt2, tiny_llama
+from toolkit.adapters import READS, adapter_of, add_adapter, check_adapter, fingerprint, left_out, load_adapted
+from toolkit.checkpoint.adapted import export_adapter
+from toolkit.checkpoint.export import write_base
 from toolkit.compute import remove_padding, replace_dropout
-from toolkit.config import AdapterConfig, OptimConfig
+from toolkit.config import AdapterConfig, ModelConfig, OptimConfig
+from toolkit.decoders import load_decoder
 from toolkit.errors import ConfigError, ModelError
-from toolkit.models import freeze, input_limits, repeated_blocks, width
+from toolkit.models import freeze, input_limits, load_tokenizer, repeated_blocks, width
 from toolkit.optim import adamw, set_learning_rate
 from toolkit.precision import Precision
 from toolkit.probe import probe_gradients
+from toolkit.quantization import LowBit
 from toolkit.tasks import Batch
 
 NAMES = ("lora", "rslora", "dora", "pissa", "ia3")
@@ -61,6 +67,8 @@ def adapted(model: Any, name: str = "lora", **settings: Any) -> Any:
         ({"name": "ia3", "alpha": 1.0}, "alpha"),
         ({"name": "ia3", "dropout": 0.0}, "dropout"),
         ({"name": "ia3", "lr_ratio": 2.0}, "lr_ratio"),
+        ({"name": "prompt", "rank": 4}, "rank"),
+        ({"name": "prefix", "train": ("x",)}, "train"),
     ],
 )
 def test_a_setting_that_the_adapter_does_not_read(settings: dict[str, Any], key: str) -> None:
@@ -69,10 +77,19 @@ def test_a_setting_that_the_adapter_does_not_read(settings: dict[str, Any], key:
     assert "lora" in caught.value.remedy
 
 
+@pytest.mark.parametrize("name", ["none", *NAMES, "loftq"])
+def test_virtual_tokens_where_there_are_none(name: str) -> None:
+    with pytest.raises(ConfigError, match="--adapter.virtual_tokens has no effect with --adapter.name") as caught:
+        check_adapter(AdapterConfig(name=name, virtual_tokens=3))  # type: ignore[arg-type]
+    assert "prompt, prefix" in caught.value.remedy
+
+
 def test_settings_that_are_read() -> None:
-    assert set(READS) == {"none", *NAMES}
+    assert set(READS) == {"none", *NAMES, "loftq", "prompt", "prefix"}
+    check_adapter(AdapterConfig(name="prompt", virtual_tokens=3))
+    check_adapter(AdapterConfig(name="prefix", virtual_tokens=3))
     check_adapter(AdapterConfig())
-    for name in NAMES[:4]:
+    for name in (*NAMES[:4], "loftq"):
         check_adapter(
             AdapterConfig(name=name, rank=2, alpha=1.0, dropout=0.1, targets=("a",), lr_ratio=2.0, train=("b",))  # type: ignore[arg-type]
         )
@@ -229,6 +246,87 @@ def test_what_a_checkpoint_need_not_hold() -> None:
         changed = "bert.encoder.layer.0.attention.self.query.base_layer.weight"
         assert (changed in out) == (name in ("lora", "rslora", "dora"))
         assert not out & {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+# LoftQ.
+
+
+def low_bit(make: Any, name: str, quantization: str = "nf4", **settings: Any) -> Any:
+    config = AdapterConfig(name=name, rank=8, **settings)  # type: ignore[arg-type]
+    return add_adapter(make(), config, seed=5, low_bit=LowBit(quantization)).eval()
+
+
+@torch.no_grad()
+def errors_of_layers(model: Any, base: Any) -> dict[str, float]:
+    """Of the outputs of a model's adapted layers, to those of the base in full precision."""
+    adapter = adapter_of(model)
+    assert adapter is not None
+    found, generator = {}, torch.Generator().manual_seed(0)
+    for name in adapter.layers:
+        plain, layer = base.get_submodule(name), model.get_submodule(name)
+        x = torch.randn(64, layer.in_features, generator=generator)
+        found[name] = float((layer(x) - plain(x)).norm())
+    return found
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4-double"])
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama, tiny_gpt2])
+def test_loftq_begins_nearer_to_the_base_in_full_precision(make: Any, quantization: str) -> None:
+    settings: dict[str, Any] = {"quantization": quantization, "targets": ("all-linear",), "alpha": 20.0}
+    base, lora, loftq = make().eval(), low_bit(make, "lora", **settings), low_bit(make, "loftq", **settings)
+    plain, ours = errors_of_layers(lora, base), errors_of_layers(loftq, base)
+    assert len(ours) > 6
+    assert all(0 < ours[name] < 0.85 * plain[name] for name in ours)
+    inputs = {"input_ids": torch.arange(2, 26).view(2, 12)}
+    with torch.no_grad():
+        answers = [model(**inputs).logits for model in (base, lora, loftq)]
+    assert (answers[2] - answers[0]).norm() < 0.85 * (answers[1] - answers[0]).norm()
+
+
+def test_loftq_takes_the_nearest_product() -> None:
+    """What is left of a weight's error are its singular values behind the rank (Eckart and Young 1936)."""
+    name = "model.layers.0.mlp.up_proj"
+    base, model, begun = tiny_llama(), low_bit(tiny_llama, "lora"), low_bit(tiny_llama, "loftq", targets=("up_proj",))
+    weight = base.get_submodule(name).weight.detach()
+    rounded = model.get_submodule(name)(torch.eye(32)).T.detach()
+    left = weight - begun.get_submodule(name)(torch.eye(32)).T.detach()
+    assert float(left.norm()) == pytest.approx(float(torch.linalg.svdvals(weight - rounded)[8:].norm()), rel=1e-4)
+    a, b = (getattr(begun.get_submodule(name), f"lora_{half}").default.weight for half in "AB")
+    assert a.norm(dim=1).tolist() == pytest.approx(b.norm(dim=0).tolist(), rel=1e-4)
+
+
+def test_what_loftq_leaves_is_for_both_bases(tmp_path: Path) -> None:
+    """On the plain base, what has not been trained changes nothing; on the rounded one, it answers as in training."""
+    source = ModelConfig(name=str(save_chat_model(tmp_path / "model")))
+    tokenizer = load_tokenizer(source)
+    inputs = {"input_ids": torch.arange(2, 26).view(2, 12)}
+    config = AdapterConfig(name="loftq", rank=4, targets=("all-linear",))
+    plain, model = (load_decoder(source, tokenizer, 32, seed=0).eval() for _ in range(2))
+    add_adapter(model, config, seed=5, low_bit=LowBit("nf4"))
+    write_base(model, tokenizer, tmp_path / "base")
+    with torch.no_grad():
+        for kind in ("begun", "trained"):
+            weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            export_adapter(tmp_path / "base", weights, tmp_path / kind)
+            answers = load_adapted(tmp_path / kind, quantized=True)(**inputs).logits
+            assert torch.allclose(answers, model(**inputs).logits, atol=1e-5)
+            if kind == "begun":
+                answers = load_adapted(tmp_path / kind)(**inputs).logits
+                assert torch.allclose(answers, plain(**inputs).logits, atol=1e-5)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.02 * torch.randn(parameter.shape)
+
+
+def test_what_loftq_is_not_for() -> None:
+    with pytest.raises(ConfigError, match="loftq without --quantization: it begins with what rounding takes"):
+        adapted(tiny_bert(), "loftq")
+    with pytest.raises(ConfigError, match="--adapter.rank 33"):
+        add_adapter(tiny_bert(), AdapterConfig(name="loftq", rank=33), seed=5, low_bit=LowBit("nf4"))
+    model = tiny_bert()
+    model.bert.pooler.dense = nn.Linear(9, 9)  # packed, it would fill no whole number
+    with pytest.raises(ConfigError, match="nothing is rounded of what --adapter.targets names"):
+        add_adapter(model, AdapterConfig(name="loftq", rank=4, targets=("pooler",)), seed=5, low_bit=LowBit("nf4"))
 
 
 # What others do with the result.

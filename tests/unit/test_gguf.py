@@ -31,8 +31,9 @@ from transformers import (
 
 from tests.chats import CHATML
 from tests.recipes.launching import ROOT, environment
-from toolkit.adapters import FILE
+from toolkit.adapters import Adapter
 from toolkit.cli import main
+from toolkit.config import AdapterConfig
 from toolkit.errors import ModelError
 from toolkit.gguf import architectures, vocabulary, writing
 
@@ -439,10 +440,14 @@ def test_networks_that_are_refused(
 
 
 def test_an_adapter_is_to_be_merged(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (copy / FILE).write_text("{}")
-    code, said = command(capsys, copy, tmp_path / "model.gguf")
-    assert code == 2
-    assert "is an adapter, which is no model without its base → Merge them first, with `toolkit merge" in said
+    for name, why in (
+        ("lora", "which is no model without its base → Merge them first, with `toolkit merge"),
+        ("prompt", "virtual tokens stand in front of a text, and cannot be merged → Use it on its base"),
+    ):
+        Adapter(AdapterConfig(name=name), 0, "", None, "", (), ()).write(copy)  # type: ignore[arg-type]
+        code, said = command(capsys, copy, tmp_path / "model.gguf")
+        assert code == 2
+        assert why in said
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ FLOORS = (
     "decoders",
     "compute",
     "quantization",
+    "prompts",
     "adapters",
     "data",
     "tasks",

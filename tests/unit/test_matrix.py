@@ -31,12 +31,12 @@ def test_every_tested_cell_is_enrolled() -> None:
     # tests/unit/test_diloco.py trains all weights.
     enrolled |= {("diloco", "none", adapter) for adapter in ("none", *test_support.UNDER_DILOCO)}
     assert enrolled == tested
-    assert len(tested) == 108 + 42
+    assert len(tested) == 120 + 56
 
 
 def test_every_refusal_speaks_for_some_cell() -> None:
     assert {cell.refusal for cell in MATRIX if cell.refusal} == set(REFUSALS)
-    assert len(MATRIX) == len(STRATEGIES) * 6 * 6
+    assert len(MATRIX) == len(STRATEGIES) * 6 * 9
 
 
 @pytest.mark.parametrize("cell", [cell for cell in MATRIX if cell.refusal], ids=str)

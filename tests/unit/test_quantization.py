@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from tests.parity.job import Recording, tiny_bert, tiny_data, tiny_llama
+from tests.parity.job import Recording, tiny_bert, tiny_data, tiny_gpt2, tiny_llama
 from toolkit.adapters import adapter_of, add_adapter, fingerprint
 from toolkit.compute import fuse_loss, remove_padding
 from toolkit.config import AdapterConfig
@@ -31,11 +30,6 @@ from toolkit.quantization import (
 
 LOW = QUANTIZATIONS[1:]
 IDS = torch.arange(2, 34).view(2, 16)
-
-
-def tiny_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(7)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=32))
 
 
 def quantized(model: Any) -> set[str]:

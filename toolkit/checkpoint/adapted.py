@@ -54,7 +54,7 @@ def export_adapter(base: Path, weights: Mapping[str, torch.Tensor], target: Path
             tensors, loaded = load_file(aside / WEIGHTS), adapter_state(again)
             differences = [(loaded[name] - tensor).abs().max() for name, tensor in tensors.items()]
             weights_apart = float(torch.stack(differences).max())
-            logits = logit_difference(model, again.get_base_model(), probe_batch(model.config))
+            logits = logit_difference(model, again, probe_batch(model.config))
             # A difference that is not a number is no small one.
             if not (weights_apart <= bound and logits <= bound):
                 raise CheckpointError(

@@ -316,6 +316,8 @@ def answer(model: PreTrainedModel, probe: Mapping[str, torch.Tensor]) -> torch.T
     """A model's logits on `probe`, or the first of its outputs."""
     outputs: Any = model(**probe)
     logits: torch.Tensor = outputs.logits if "logits" in outputs else outputs[0]
+    if logits.ndim == 3:  # of PEFT's model around one, virtual tokens have some too, in front
+        logits = logits[:, -probe["input_ids"].shape[1] :]
     return logits.float()
 
 

@@ -53,6 +53,8 @@ def remove_padding(model: Any) -> str:
         model.set_attn_implementation(IMPLEMENTATION)
         difference = float((_probe(model) - padded).abs().max() / padded.abs().max().clamp(min=1e-6))
         why = f"its outputs would differ by {difference:.1e}" if difference > TOLERANCE else ""
+        if not all(stack.free for stack in stacks):
+            why = "its blocks are given keys and values that no token of a text has"
     except Exception as error:  # what a model raises that wants other inputs, or other shapes, is its own affair
         why = f"it does not take a row of tokens: {error}"
     if why:
@@ -83,7 +85,11 @@ def _stacks(model: Any) -> list[nn.Module]:
 
 
 class _Stack:
-    """The hooks on an encoder, a decoder or a model that is only one of them."""
+    """The hooks on an encoder, a decoder or a model that is only one of them.
+
+    Attributes:
+        free: whether the last forward computed without padding; it did not where it was given a cache.
+    """
 
     def __init__(self, module: Any) -> None:
         self._config = module.config
@@ -124,9 +130,9 @@ class _Stack:
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a forward: where are its texts?"""
         self._texts, self._encoded, self._pairs = None, None, {}
-        self._free = kwargs.get("past_key_values") is None
-        self._config._attn_implementation = IMPLEMENTATION if self._free else "sdpa"
-        if not self._free:
+        self.free = kwargs.get("past_key_values") is None
+        self._config._attn_implementation = IMPLEMENTATION if self.free else "sdpa"
+        if not self.free:
             return None
         self._mask = kwargs.get("attention_mask")
         if "use_cache" in self._parameters:  # keys and values of a row are of no use to a forward that goes on from it
@@ -138,7 +144,7 @@ class _Stack:
 
     def _pack(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hidden states before the first block, and before each what is given for each token."""
-        if not self._free:
+        if not self.free:
             return None
         if self._texts is None:
             self._texts = _texts(self._mask, args[0])

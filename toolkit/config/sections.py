@@ -39,9 +39,11 @@ class ModelConfig:
 class AdapterConfig:
     """A few new weights instead of all: the network is frozen, an adapter in it is trained (over PEFT)."""
 
-    name: Literal["none", "lora", "rslora", "dora", "pissa", "ia3"] = "none"
+    name: Literal["none", "lora", "rslora", "dora", "pissa", "loftq", "ia3", "prompt", "prefix"] = "none"
     """Low-rank products beside linear layers (`lora`; `rslora` scales them for high ranks, `dora` trains the norms of
-    the weights apart, `pissa` begins with the largest singular values), or a scale for each activation (`ia3`)."""
+    the weights apart, `pissa` begins with the largest singular values, `loftq` with what `--quantization` takes from
+    the weights), a scale for each activation (`ia3`), virtual tokens in front of each text (`prompt`), or keys and
+    values in front of those of each block (`prefix`)."""
     rank: Count | None = None
     """Rank of the products (default 16)."""
     alpha: Positive | None = None
@@ -53,6 +55,8 @@ class AdapterConfig:
     `all-linear` (all linear layers but the head), or regular expressions that match a layer's name (anywhere)."""
     lr_ratio: Positive | None = None
     """LoRA+: learning rate of the second factor over that of the first and of all else (default 1; try 16)."""
+    virtual_tokens: Count | None = None
+    """Virtual tokens in front of each text, of `prompt` and `prefix` (default 20)."""
     train: tuple[str, ...] = ()
     """Regular expressions; a module that holds a parameter whose name one of them matches (anywhere) is trained whole,
     beside the adapter and a classifier's head."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from toolkit.adapters import FILE
+from toolkit.adapters import FILE, check_mergeable
 from toolkit.checkpoint.export import answer, probe_batch, quiet_libraries
 from toolkit.checkpoint.screen import bar_of_bytes, human_size
 from toolkit.errors import CheckpointError, ConfigError, ModelError
@@ -59,6 +59,7 @@ def run(arguments: Namespace) -> int:
     if not saved.writes:
         raise ModelError(f"{saved.folder} holds a classifier", "Name a run that trained a language model.")
     if (saved.folder / FILE).is_file():
+        check_mergeable(saved.folder)
         raise ModelError(
             f"{saved.folder} is an adapter, which is no model without its base",
             f"Merge them first, with `toolkit merge {run}`, and name the folder that it makes: {run / 'merged'}.",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from toolkit.adapters import FILE, load_adapted
+from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.compute import remove_padding
 from toolkit.data.tokenize import encode
 from toolkit.errors import ConfigError, DataError, ModelError, NumericsError
@@ -51,7 +51,7 @@ class Classifier:
         self.labels: tuple[str, ...] = tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
         if len(set(self.labels)) < max(2, len(self.labels)):
             raise ModelError(f"{saved.folder}: its labels are {', '.join(self.labels)}; it takes two, and no two alike")
-        longest = _longest(self._tokenizer, model.config)
+        longest = _longest(self._tokenizer, model)
         shortest = self._tokenizer.num_special_tokens_to_add(pair=False) + 1
         if max_length is not None and not shortest <= max_length <= longest:
             raise ConfigError(
@@ -131,7 +131,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
         refuse_strays(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         if (folder / FILE).is_file():  # an adapter, whose base comes from where the run had it from
-            model, missing = load_adapted(folder).get_base_model(), []
+            model, missing = in_place(load_adapted(folder)), []
         else:
             model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
@@ -155,7 +155,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def _longest(tokenizer: Any, config: Any) -> int:
+def _longest(tokenizer: Any, model: Any) -> int:
     """The most tokens that the model takes, as far as it says so."""
-    positions = getattr(config, "max_position_embeddings", None) or _FALLBACK_LENGTH
-    return int(min(positions, tokenizer.model_max_length or positions))
+    positions = getattr(model.config, "max_position_embeddings", None) or _FALLBACK_LENGTH
+    return int(min(positions, tokenizer.model_max_length or positions)) - getattr(model, "virtual_tokens", 0)

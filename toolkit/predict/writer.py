@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from toolkit.adapters import FILE, load_adapted
+from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.data import answer_end, question
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
@@ -43,7 +43,7 @@ def load_saved(folder: Path) -> tuple[Any, Any]:
         refuse_strays(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         if (folder / FILE).is_file():  # an adapter, whose base comes from where the run had it from
-            return load_adapted(folder).get_base_model(), tokenizer
+            return in_place(load_adapted(folder)), tokenizer
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, **options
         )
@@ -110,7 +110,8 @@ class Writer:
         end = tokenizer.eos_token_id
         rows = [self._encode(text, tokenizer) for text in texts]
         longest = max(map(len, rows))
-        room = getattr(self._model.config, "max_position_embeddings", None) or longest + tokens
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        room = positions - getattr(self._model, "virtual_tokens", 0) if positions else longest + tokens
         if longest + tokens > room:
             raise ConfigError(
                 f"a text of {longest} tokens and {tokens} more are beyond the {room} that the model was made for",

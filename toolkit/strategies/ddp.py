@@ -67,7 +67,8 @@ class DDP(TorchStrategy):
         synchronizing, self.model.require_backward_grad_sync = self.model.require_backward_grad_sync, True
         with torch.random.fork_rng(devices):
             outputs = super().forward(inputs)
-            super().backward(sum(value.float().sum() for value in outputs.values() if value.requires_grad))
+            learnt = [value for value in outputs.values() if getattr(value, "requires_grad", False)]  # no cache
+            super().backward(sum(value.float().sum() for value in learnt))
         self.model.require_backward_grad_sync = synchronizing
         self.discard()
         compression.forget(self.model)

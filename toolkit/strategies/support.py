@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from toolkit.adapters import ADAPT_OTHERWISE, NOT_QUANTIZED, READS
+from toolkit.adapters import ADAPT_OTHERWISE, NOT_QUANTIZED, QUANTIZE, QUANTIZED, READS
 from toolkit.errors import ConfigError
+from toolkit.prompts import PROMPTS
 from toolkit.quantization import QUANTIZATIONS, LowBit
 from toolkit.strategies.base import Strategy
 from toolkit.strategies.choose import STRATEGIES
@@ -51,6 +52,7 @@ class Cell:
 ANY = tuple(STRATEGIES)
 REFUSALS = (
     *(Refusal(ANY, LOW, (name,), reason, ADAPT_OTHERWISE) for name, reason in NOT_QUANTIZED.items()),
+    *(Refusal(ANY, ("none",), (name,), reason, QUANTIZE) for name, reason in QUANTIZED.items()),
     Refusal(
         ("fsdp",),
         ("int8",),
@@ -72,6 +74,14 @@ REFUSALS = (
         "on CPU ranks PEFT's DoRA puts a copy in the place of a quantized weight, which ZeRO-3 does not know",
         "Use --adapter.name lora or rslora, or --strategy.name fsdp or zero2.",
     ),
+    Refusal(
+        ANY,
+        tuple(name for name in LOW if not name.startswith("nf4")),
+        ("loftq",),
+        "no test covers LoftQ on such a base",
+        "Use --quantization nf4 or nf4-double, or --adapter.name lora.",
+    ),
+    Refusal(ANY, LOW, PROMPTS, "no test covers virtual tokens on low-bit weights", "Use lora, or drop --quantization."),
     Refusal(
         ("diloco",),
         LOW,
