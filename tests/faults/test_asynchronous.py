@@ -213,6 +213,30 @@ def save_synchronously(run: str) -> tuple[float, bool, int, str]:
     return stall, busy, 0, ""
 
 
+def save_in_place(run: str, strategy: str) -> tuple[bool, bool, bool]:
+    """Whether what is saved is the engine's own memory, if training waits; and what a save after that one holds."""
+    trainer = Trainer(run, strategy, asynchronous=False)
+    copying = Trainer(run, strategy)
+    for step in range(1, 3):
+        trainer.step(step)
+        trainer.save(step)
+    then = trainer.digest()
+    own, copied = ({shard.data.data_ptr() for shard in one.saver._staged.values()} for one in (trainer, copying))
+    held = {shard.data.data_ptr() for one in (trainer, copying) for shard in one.strategy.shards().values()}
+    trainer.step(3)
+    trainer.resume()
+    loaded = trainer.digest()
+    copying.strategy.teardown()
+    trainer.close()
+    return own <= held, bool(copied & held), loaded == then
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_save_that_training_waits_for_holds_no_copy(tmp_path: Path, strategy: str) -> None:
+    found = on_ranks(save_in_place, 2, str(tmp_path / "run"), strategy)
+    assert found == [(True, False, True)] * 2
+
+
 def test_a_save_that_is_not_asynchronous_is_done_when_it_returns(tmp_path: Path) -> None:
     for stall, busy, committed, raised in on_ranks(save_synchronously, 2, str(tmp_path / "run")):
         assert stall > 0.001

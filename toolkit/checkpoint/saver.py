@@ -43,7 +43,7 @@ class Saver:
         world: connected ranks.
         attempt: number of this start of the run.
         keep, keep_best: what `Store.retain` is told.
-        asynchronous: False waits for each save.
+        asynchronous: False waits for each save, and holds no copy of what is on the CPU.
     """
 
     def __init__(
@@ -68,17 +68,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         pinned = world.device.type == "cuda"
+        # Where training waits for the save, what is on the CPU can be written as it lies.
+        self._copies = asynchronous or pinned
         shards = strategy.saved()
         # What several ranks hold, one of them copies, checks and writes.
-        self._staged = {
-            name: FlatShard(
-                torch.empty_like(shards[name].data, device="cpu", pin_memory=pinned),
-                shards[name].start,
-                shards[name].shape,
-            )
-            for name in own_share(shards, self._group)
-        }
-        self._stage()  # memory that has not been touched is slow the first time
+        self._staged = {name: shards[name] for name in own_share(shards, self._group)}
+        if self._copies:
+            self._staged = {
+                name: FlatShard(torch.empty_like(shard.data, device="cpu", pin_memory=pinned), shard.start, shard.shape)
+                for name, shard in self._staged.items()
+            }
+            self._stage()  # memory that has not been touched is slow the first time
 
     @property
     def failed(self) -> bool:
@@ -127,6 +127,9 @@ class Saver:
 
     def _stage(self) -> None:
         shards = self._strategy.saved()
+        if not self._copies:
+            self._staged = {name: shards[name] for name in self._staged}
+            return
         torch._foreach_copy_(
             [staged.data for staged in self._staged.values()],
             [shards[name].data for name in self._staged],
