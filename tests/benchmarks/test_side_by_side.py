@@ -27,48 +27,35 @@ COMMANDS = [
 ]
 
 
+def finished(folder: Path, name: str, *options: str) -> tuple[str, dict[str, Any]]:
+    """What a benchmark prints, and its line of JSON."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *options, "--json", "result.jsonl"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads((folder / "result.jsonl").read_text(encoding="utf-8"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command))
 def test_a_benchmark_compares(command: list[str], tmp_path: Path) -> None:
-    files = ["--json", str(tmp_path / "result.jsonl"), "--plot", str(tmp_path / "bars.png")]
-    name, *options = command
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / name), *options, "--rounds", "1", *files],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "result.jsonl").read_text(encoding="utf-8"))
+    printed, result = finished(tmp_path, *command, "--rounds", "1", "--plot", "bars.png")
     assert result["ratio"] == pytest.approx(result["ours"] / result["peer"], rel=1e-3)
     assert {"machine", "threads", "torch", "goal", "ranges"} <= result.keys()
     assert (tmp_path / "bars.png").stat().st_size > 1000
-    assert f"goal {result['goal']:g}" in done.stdout
+    assert f"goal {result['goal']:g}" in printed
 
 
 @pytest.mark.slow
 def test_ways_to_launch_a_step(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "step_variants.py"),
-        "--ways",
-        "plain",
-        "--json",
-        "found.jsonl",
-    ]
-    done = subprocess.run(
-        [*command, "--steps", "2", "--warm-up", "1", "--batch", "4"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "found.jsonl").read_text(encoding="utf-8"))
+    sizes = ["--steps", "2", "--warm-up", "1", "--batch", "4"]
+    _, result = finished(tmp_path, "step_variants.py", "--ways", "plain", *sizes)
     assert result["ways"]["plain"]["seconds"] > 0
     assert 0 < result["ways"]["plain"]["mfu"] < 1
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from toolkit.compute.host import on_device, pinned
+
+Way = Callable[[torch.Tensor], torch.Tensor]
 
 ROW = 32
 """The row's length is a multiple of it, and of more where it is long (`few_sizes`): on a CPU oneDNN prepares for each
@@ -83,11 +85,11 @@ class Texts:
         """(texts or 1, length, …) to (1, row, …)."""
         if padded.shape[0] != self.shape[0]:  # what is alike for all texts
             return padded[0].index_select(0, self._columns).unsqueeze(0)
-        return _Pack.apply(padded.flatten(0, 1), self).unsqueeze(0)  # type: ignore[no-any-return,no-untyped-call]
+        return _Choice.apply(padded.flatten(0, 1), self.to_row, self.from_row).unsqueeze(0)  # type: ignore[no-any-return,no-untyped-call]
 
     def unpack(self, row: torch.Tensor) -> torch.Tensor:
         """(1, row, …) to (texts, length, …), with zeros for padding."""
-        return _Unpack.apply(row[0], self).view(*self.shape, *row.shape[2:])  # type: ignore[no-any-return,no-untyped-call]
+        return _Choice.apply(row[0], self.from_row, self.back_to_row).view(*self.shape, *row.shape[2:])  # type: ignore[no-any-return,no-untyped-call]
 
     def to_row(self, padded: torch.Tensor) -> torch.Tensor:
         """As `pack` goes: (texts × length, …) to (row, …); filler shows a token."""
@@ -97,9 +99,9 @@ class Texts:
         """As `unpack` goes, with zeros for padding."""
         return _blotted(row.index_select(0, self._inverse), self._padding)
 
-    def without_filler(self, row: torch.Tensor) -> torch.Tensor:
-        """(row, …) with zeros as filler, in place."""
-        return _blotted(row, self._filler)
+    def back_to_row(self, gradient: torch.Tensor) -> torch.Tensor:
+        """As the gradient of `unpack` goes: (texts × length, …) to (row, …), with zeros as filler."""
+        return _blotted(self.to_row(gradient), self._filler)
 
 
 def few_sizes(count: int) -> tuple[int, int]:
@@ -112,28 +114,18 @@ def _blotted(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return values.masked_fill_(where.view(-1, *(1,) * (values.ndim - 1)), 0)
 
 
-class _Pack(torch.autograd.Function):
-    """A choice in both directions: no sums, which would depend on an order, and shapes that are known beforehand."""
+class _Choice(torch.autograd.Function):
+    """Tokens put elsewhere, and the way back for their gradients. Both are choices: no sums, which would depend on an
+    order, and shapes that are known beforehand."""
 
     @staticmethod
-    def forward(ctx: Any, padded: torch.Tensor, texts: Texts) -> torch.Tensor:
-        ctx.texts = texts
-        return texts.to_row(padded)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.texts.from_row(gradient), None
-
-
-class _Unpack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, row: torch.Tensor, texts: Texts) -> torch.Tensor:
-        ctx.texts = texts
-        return texts.from_row(row)
+    def forward(ctx: Any, values: torch.Tensor, there: Way, back: Way) -> torch.Tensor:
+        ctx.back = back
+        return there(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.texts.without_filler(ctx.texts.to_row(gradient)), None
+        return ctx.back(gradient), None, None
 
 
 class Pairs:
@@ -198,12 +190,15 @@ class Slots:
         self._shown, self._slots = on_device(shown, texts.device), on_device(slots, texts.device)
 
     def spread(self, row: torch.Tensor) -> torch.Tensor:
-        """(row, …) to (slots, …). What stands in the room that is left must not count, and gets no gradient."""
-        return _Spread.apply(row, self)  # type: ignore[no-any-return,no-untyped-call]
+        """(row, …) to (slots, …). What stands in the room that is left must not count, and gets no gradient.
+
+        The gradient of `index_select` would add up what comes from there.
+        """
+        return _Choice.apply(row, self.shown, self.to_tokens)  # type: ignore[no-any-return,no-untyped-call]
 
     def join(self, slots: torch.Tensor) -> torch.Tensor:
         """(slots, …) to (row, …), with zeros as filler: the way back from `spread`."""
-        return _Join.apply(slots, self)  # type: ignore[no-any-return,no-untyped-call]
+        return _Choice.apply(slots, self.to_tokens, self.from_tokens)  # type: ignore[no-any-return,no-untyped-call]
 
     def from_tokens(self, row: torch.Tensor) -> torch.Tensor:
         """As `join` goes back: zeros in the room that is left."""
@@ -220,30 +215,6 @@ class Slots:
     def shown(self, row: torch.Tensor) -> torch.Tensor:
         """As `spread` goes."""
         return row.index_select(0, self._shown)
-
-
-class _Spread(torch.autograd.Function):
-    """Faster than the gradient of `index_select`, which adds up what comes from slots that count for nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, row: torch.Tensor, slots: Slots) -> torch.Tensor:
-        ctx.slots = slots
-        return slots.shown(row)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.slots.to_tokens(gradient), None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, slots: Slots) -> torch.Tensor:
-        ctx.slots = slots
-        return slots.to_tokens(values)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.slots.from_tokens(gradient), None
 
 
 class Group:
