@@ -102,16 +102,14 @@ class Graphs:
         graph = self._graphs.get(shape)
         if graph is None and shape in self._met and len(self._graphs) < MOST:
             began = time.monotonic()
-            graph = self._graphs[shape] = self._record(batch, shape[3], learn)
+            with self._strategy.cast_anew():
+                graph = _Graph(batch, shape[3], learn, self._strategy.world.device, self._pool)
+            self._graphs[shape] = graph
             self.seconds += time.monotonic() - began
         self._met.add(shape)
         if graph is None:
             return learn(batch.to(self._strategy.world.device), units)
         return graph.replay(batch, units)
-
-    def _record(self, batch: Batch, multiple: int, learn: Learn) -> _Graph:
-        with self._strategy.cast_anew():
-            return _Graph(batch, multiple, learn, self._strategy.world.device, self._pool)
 
 
 class _Graph:
