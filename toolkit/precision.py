@@ -156,7 +156,7 @@ class Reduced:
 
     @contextlib.contextmanager
     def _in_force(self) -> Iterator[None]:
-        # Not torch's functional_call, which looks for all parameters by name each time (5 ms in a profile of BERT-base).
+        # Not torch's functional_call, which looks for all parameters each time (5 ms in a profile of BERT-base).
         grad = torch.is_grad_enabled()
         if grad not in self._copies:
             cast: dict[int, torch.Tensor] = {}
