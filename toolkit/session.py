@@ -37,6 +37,7 @@ from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsErro
 from toolkit.generation import beginning, continue_texts
 from toolkit.graphs import Graphs, check_graphs, check_recordable
 from toolkit.journal import Journal
+from toolkit.look import stop_looking
 from toolkit.memory import peak_bytes
 from toolkit.models import parameter_counts
 from toolkit.numerics import LossGuard
@@ -162,6 +163,7 @@ class Session:
         Raises:
             ConfigError: a setting that this task does not read, or a schedule that does not fit the run.
         """
+        stop_looking()
         if self.config.train.label_smoothing and not task.smooths_labels:
             raise ConfigError(
                 f"--train.label_smoothing has no effect on the task {type(task).__name__}", "Leave it at 0."
