@@ -8,7 +8,7 @@ import socket
 import psutil
 
 from toolkit.doctor.compare import check_data
-from toolkit.doctor.findings import Finding, ok
+from toolkit.doctor.findings import Finding, Severity, ok
 from toolkit.doctor.judging import judge_pairs
 from toolkit.doctor.node import Examined, Node
 
@@ -67,7 +67,7 @@ def check_port(port: int, node: str, *, needed: bool) -> Finding:
     return ok("port", f"{port} is free", node)
 
 
-def port_taken(port: int, node: str, error: OSError, severity: str = "error") -> Finding:
+def port_taken(port: int, node: str, error: OSError, severity: Severity = "error") -> Finding:
     """Who has the port, where the system says."""
     who = ""
     with contextlib.suppress(psutil.Error, OSError):
@@ -75,7 +75,7 @@ def port_taken(port: int, node: str, error: OSError, severity: str = "error") ->
             if line.status == psutil.CONN_LISTEN and line.laddr.port == port and line.pid:
                 who = f" by {psutil.Process(line.pid).name()} (process {line.pid})"
     return Finding(
-        severity,  # type: ignore[arg-type]
+        severity,
         "port",
         f"{port} is taken{who}" if who else f"{port} cannot be listened on: {error.strerror}",
         node,

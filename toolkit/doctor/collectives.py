@@ -60,7 +60,9 @@ def main() -> None:
     first = asked["rank"] == 0
     patience = timedelta(seconds=min(_PATIENCE, asked["seconds"]))
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]asked["host"], asked["port"], is_master=first, timeout=patience, wait_for_workers=False)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            asked["host"], asked["port"], is_master=first, timeout=patience, wait_for_workers=False
+        )
     except (dist.DistError, RuntimeError) as error:
         say(gloo={"error": _brief(error)})
         return

@@ -129,8 +129,8 @@ def _unprepared(node: str, *, alone: bool) -> Finding:
         "not prepared yet: the first rank of this node will clean and tokenise them",
         node,
         "all GPUs wait for that, and the other nodes give up after 30 minutes",
-        "For large data, run `toolkit data show RECIPE OPTIONS` once on a node, with TOOLKIT_CACHE on a file system that "
-        "all nodes share.",
+        "For large data, run `toolkit data show RECIPE OPTIONS` once on a node, with TOOLKIT_CACHE on a file system "
+        "that all nodes share.",
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.doctor.findings import Finding, ok
+from toolkit.doctor.findings import Finding, Severity, ok
 from toolkit.environment import cores_of_this_process
 
 RESOLVING_SECONDS = 5.0
@@ -59,7 +59,7 @@ def check_name(names: Names, nodes: int, environment: Mapping[str, str] | None =
     why = "ranks tell the others the address of their own host name, and gloo cannot connect to any other"
     mend = f"Put a line with {names.name} and its address into /etc/hosts, or mend the name server"
     if not names.addresses:
-        severity = "warning" if nodes == 1 or named else "error"
+        severity: Severity = "warning" if nodes == 1 or named else "error"
         return Finding(severity, "host name", f"{names.name} does not resolve", names.name, why, f"{mend}.")
     if nodes > 1 and all(map(is_loopback, names.addresses)):
         if named and named != "lo":
@@ -174,12 +174,12 @@ def _check_threads(name: str) -> Finding:
             "threads that share a core wait for one another in each operation",
             f"Set it to {cores} divided by the ranks of this node.",
         )
-    busy = os.getloadavg()[0]
-    if busy > cores + 1:
+    busy, all_cores = os.getloadavg()[0], os.cpu_count() or 1
+    if busy > all_cores + 1:
         return Finding(
             "warning",
             "cores",
-            f"{busy:.1f} processes want to run, on {cores} cores",
+            f"{busy:.1f} processes want to run, on {all_cores} cores",
             name,
             "the slowest node sets the pace of all",
             "See with `top` who they are, and start when they have gone.",

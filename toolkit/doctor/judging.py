@@ -21,7 +21,7 @@ SLOW_ALONE = 12.5e6
 """Bytes a second (100 Mbit/s), where there is no other link."""
 
 _MEND = (
-    "Look at cable, port and switch of {place}, and whether the interface is the one that is meant "
+    "Look at the cables, ports and switch there, and whether the interface is the one that is meant "
     "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."
 )
 
@@ -54,7 +54,9 @@ def judge_links(names: Sequence[str], told: Mapping[int, Mapping[int, Mapping[st
     living = {pair: ways for pair, ways in pairs.items() if pair not in dead}
     lost = {pair: _loss(ways) for pair, ways in living.items()}
     lossy = {pair for pair, (gone, share) in lost.items() if gone > FEW_LOST and share >= LOSS_WARNING}
-    findings += _located(names, pairs, lossy, lambda place, bad: _lossy(place, [lost[pair][1] for pair in bad]))
+    findings += _located(
+        names, pairs, lossy, lambda place, bad: _lossy(place, [w for pair in bad for w in pairs[pair]])
+    )
     times = {pair: min(found) for pair, ways in living.items() if (found := [w["rtt"] for w in ways if w["rtt"]])}
     late = {pair for pair in times if _is_late(pair, times)}
     findings += _located(names, pairs, late, lambda place, bad: _latency(place, bad, times))
@@ -138,15 +140,15 @@ def _located(
     return found + [finding(f"{names[low]} – {names[high]}", [(low, high)]) for low, high in left]
 
 
-def _lossy(place: str, shares: Sequence[float]) -> Finding:
-    worst = max(shares)
+def _lossy(place: str, ways: Sequence[Mapping[str, Any]]) -> Finding:
+    lost, share = _loss(ways)
     return Finding(
-        "error" if worst >= LOSS_ERROR else "warning",
+        "error" if share >= LOSS_ERROR else "warning",
         "loss",
-        f"{worst:.1%} of the packets are lost",
+        f"{share:.1%} of the packets are lost ({lost} of {sum(way['sent'] for way in ways):,} round trips)",
         place,
         "each loss stalls a collective, and with it all ranks, until it is sent again: a sound link loses none",
-        _MEND.format(place=place),
+        _MEND,
     )
 
 
@@ -159,7 +161,7 @@ def _latency(place: str, bad: Sequence[Pair], times: Mapping[Pair, float]) -> Fi
         f"a packet there and back takes {statistics.median(times[pair] for pair in bad) * 1e3:.1f} ms{beside}",
         place,
         "each collective waits for it, many times a step",
-        _MEND.format(place=place) + " For links that are as they are: --strategy.name diloco.",
+        _MEND + " For links that are as they are: --strategy.name diloco.",
     )
 
 
@@ -172,7 +174,7 @@ def _bandwidth(check: str, place: str, bad: Sequence[Pair], rates: Mapping[Pair,
         f"{_rate(statistics.median(rates[pair] for pair in bad))}{beside}",
         place,
         "the slowest link sets the pace of all ranks",
-        _MEND.format(place=place),
+        _MEND,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import socket
 import statistics
@@ -140,9 +141,8 @@ def _collect(line: socket.socket, mark: bytes, times: dict[int, list[float]], un
         try:
             content = line.recv(_SIZE * 2)
         except BlockingIOError:
-            if (left := until - time.monotonic()) <= 0:
+            if not select.select([line], [], [], max(0.0, until - time.monotonic()))[0]:
                 return
-            time.sleep(min(left, 0.001))
             continue
         except OSError:  # what a port that nobody listens on sends back
             continue
