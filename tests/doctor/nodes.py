@@ -22,6 +22,7 @@ from benchmarks.scaling_net import INTERFACE, Network
 ROOT = Path(__file__).resolve().parents[2]
 WIRE = Path(__file__).with_name("wire.py")
 PORT = 29411
+DOCTOR = (sys.executable, "-m", "toolkit.cli", "doctor")
 
 
 @dataclass
@@ -43,12 +44,7 @@ class Nodes:
         (self.folder / "hosts").write_text("127.0.0.1 localhost\n" + "\n".join(names) + "\n")
 
     def start(
-        self,
-        node: int,
-        *words: str,
-        environment: Mapping[str, str] | None = None,
-        before: str = "",
-        cwd: Path = ROOT,
+        self, node: int, *words: str, environment: Mapping[str, str] | None = None, before: str = ""
     ) -> subprocess.Popen[str]:
         """A command on a node.
 
@@ -56,13 +52,13 @@ class Nodes:
             node: where.
             words: the command.
             environment: beside this process's own.
-            before: lines of a shell in the node's own mount namespace, before it.
-            cwd: where it runs.
+            before: lines of a shell in the node's own mount and network namespace, before it.
         """
-        script = f'hostname node{node}; mount --bind "$0/hosts" /etc/hosts; {before}\ncd "$1"; shift; exec "$@"'
-        inside = ["unshare", "--mount", "--uts", "bash", "-ec", script, str(self.folder), str(cwd)]
+        script = f'hostname node{node}; mount --bind "$0" /etc/hosts\n{before}\nexec "$@"'
+        inside = ["unshare", "--mount", "--uts", "bash", "-ec", script, str(self.folder / "hosts")]
         process = subprocess.Popen(
             [*self.network.inside(node, node % (os.cpu_count() or 1)), *inside, *words],
+            cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | dict(environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -71,10 +67,21 @@ class Nodes:
         self.processes.append(process)
         return process
 
+    def doctor(self, node: int, *words: str, **options: Any) -> subprocess.Popen[str]:
+        """`toolkit doctor --json` of all nodes, on one of them; `words` may say otherwise."""
+        meeting = ["--nodes", str(self.network.size), "--rank", str(node), "--rendezvous", f"node0:{PORT}"]
+        return self.start(node, *DOCTOR, "--json", *meeting, *words, **options)
+
+    def end(self) -> None:
+        """Leave no process."""
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
     @contextlib.contextmanager
     def bad_wire(self, node: int, *, delay: float, loss: float) -> Iterator[None]:
         """Between a node and the bridge, frames take `delay` seconds each way, and a share of `loss` is lost."""
-        space, hub = self.network._host(node), self.network._hub
+        space, hub = self.network.space(node), self.network.hub
         command = [sys.executable, str(WIRE), space, INTERFACE, hub, f"port{node}", str(delay), str(loss)]
         address = f"{self.network.address(node)}/24"
         with subprocess.Popen([*command, address], stdout=subprocess.PIPE, text=True) as wire:

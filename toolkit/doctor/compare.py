@@ -134,7 +134,7 @@ def _unprepared(node: str, *, alone: bool) -> Finding:
     )
 
 
-def check_clocks(names: Sequence[str], offsets: Mapping[int, Sequence[float]]) -> list[Finding]:
+def check_clocks(names: Mapping[int, str], offsets: Mapping[int, Sequence[float]]) -> list[Finding]:
     """No clock is far from the first node's: (seconds ahead, uncertainty) by rank."""
     findings = []
     for rank, (ahead, uncertain) in offsets.items():

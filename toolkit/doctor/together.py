@@ -153,7 +153,9 @@ def _judged(
     names = [facts[rank]["name"] for rank in ranks]
     findings = [Finding.read(finding) for found in facts.values() for finding in found["findings"]]
     findings += _absent(meeting, hellos)
-    findings += check_clocks(names, {ranks.index(rank): value for rank, value in clocks.items() if rank in ranks})
+    # By all who came, since one whose clock is wrong may be one that fell silent.
+    came = {rank: hello["name"] for rank, hello in hellos.items()}
+    findings += check_clocks(came, clocks)
     for compare in (compare_versions, compare_code, compare_settings, check_data, check_shared):
         findings += compare(names, ours)
     return findings
