@@ -34,6 +34,7 @@ from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
 from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
+from toolkit.fingerprint import code_files, package_versions
 from toolkit.generation import beginning, continue_texts
 from toolkit.graphs import Graphs, check_graphs, check_recordable
 from toolkit.journal import Journal
@@ -212,6 +213,8 @@ class Session:
             self.console.samples(preview(self._task, first, tokenizer, self.config.run.show))
             raise Previewed
         self.world.connect()
+        if self.world.size > self.world.local_size:  # on one node all ranks read the same files
+            self.world.same_on_all_ranks("the code, or the version of a package,", [code_files(), package_versions()])
         self.world.same_on_all_ranks("the configuration", plain(self.config))
         self.world.same_on_all_ranks("the data", data_fingerprint)
         self.world.same_on_all_ranks("the initial weights", [checksum(p) for p in model.parameters()])

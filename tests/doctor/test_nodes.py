@@ -218,7 +218,7 @@ def test_a_slow_node_is_named(nodes: Nodes) -> None:
 @pytest.mark.slow
 def test_data_that_are_prepared_on_one_node_alone(nodes: Nodes) -> None:
     """A real recipe, on texts that differ, and whose cache is each node's own."""
-    rows = "".join(f"text,label\n"[:0] + f"word{i} word{i % 7} more,{'ab'[i % 2]}\n" for i in range(60))
+    rows = "".join(f"word{i} word{i % 7} more,{'ab'[i % 2]}\n" for i in range(60))
     options = ["--data.name", str(nodes.folder / "texts.csv"), "--data.max_length", "8"]
     recipe = ["--", "recipes/bert_cls.py", *options, "--run.dir", str(nodes.folder / "run")]
     (nodes.folder / "texts.csv").write_text("text,label\n" + rows)

@@ -18,6 +18,8 @@ FLOORS = (
     "errors",
     "folders",
     "environment",
+    "look",
+    "fingerprint",
     "signals",
     "watchdog",
     "config",
@@ -61,6 +63,7 @@ FLOORS = (
     "merge",
     "gguf",
     "matrix",
+    "doctor",
     "serve",
     "data_commands",
     "cli",
@@ -82,7 +85,7 @@ LATE = {
 }
 """Imports of own modules inside of functions, and why they are allowed."""
 
-LIGHT = ("environment", "errors", "config", "requirements", "samples", "report", "predict", "cli")
+LIGHT = ("environment", "errors", "config", "requirements", "samples", "report", "predict", "doctor.command", "cli")
 """Modules that must not make a user wait for torch."""
 
 STANDARD_ONLY = sorted(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -160,7 +159,7 @@ def check_shared(names: Sequence[str], facts: Facts) -> list[Finding]:
     """The run's folder is the same on all nodes: what the first one has left there is seen by the others."""
     path, findings = facts[0].get("run", ""), []
     for rank, found in facts.items():
-        if rank == 0 or found.get("shared") is None:
+        if rank == 0 or found.get("shared") is None or not path or not found["run"]:
             continue
         if found["run"] != path:
             fact = f"the run folder is {found['run']}, and on {names[0]} {path}"
@@ -178,7 +177,7 @@ def check_shared(names: Sequence[str], facts: Facts) -> list[Finding]:
                 "Name a folder on a file system that all nodes share: --run.dir.",
             )
         )
-    if not findings and any(found.get("shared") for found in facts.values()):
+    if path and not findings and any(found.get("shared") for found in facts.values()):
         findings = [ok("run folder", f"{path} is shared by all {len(facts)} nodes")]
     return findings
 
@@ -188,13 +187,13 @@ def check_hub(node: str, asked: Mapping[str, Any]) -> list[Finding]:
     names, absent = asked["ids"], [name for name in asked["ids"] if name not in asked["cached"]]
     if not names:
         return []
-    offline = next((key for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(key)), "")
+    offline = asked["offline"]
     if offline and absent:
         return [
             Finding(
                 "warning",
                 "hub",
-                f"{offline} is set, and {_some(absent)} is not seen in the cache",
+                f"offline mode is set, and {_some(absent)} is not seen in the cache",
                 node,
                 "the recipe could not load it",
                 "Fetch it on a machine with a network (`hf download`) into the cache that this node reads (HF_HOME).",

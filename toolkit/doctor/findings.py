@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 from toolkit.report.console import PLAIN_WIDTH
@@ -85,21 +85,17 @@ def show(findings: Sequence[Finding], nodes: Sequence[str], seconds: float) -> N
     for finding in sorted(findings, key=lambda finding: -_ORDER.index(finding.severity)):
         sign, style = _SIGNS[finding.severity]
         place = f"{finding.where}: " if finding.where else ""
-        screen.print(_hanging(f"{sign} {finding.check:<{column}}  ", style, place + finding.what, screen.width))
-        for lead, text, look in (("why: ", finding.why, "dim"), ("→ ", finding.mend, "cyan")):
-            if text:
-                screen.print(Padding(Text(lead + text, style=look), (0, 0, 0, column + 4)))
+        screen.print(_hanging((f"{sign} {finding.check:<{column}}  ", style), (place + finding.what, ""), screen.width))
+        for text, look in ((f"why: {finding.why}", "dim"), (f"→ {finding.mend}", "cyan")):
+            if not text.endswith((": ", "→ ")):
+                screen.print(_hanging((" " * (column + 4), ""), (text, look), screen.width))
     counts = {kind: sum(finding.severity == kind for finding in findings) for kind in _ORDER}
     told = ", ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts.items() if kind != "ok")
     screen.print(Text(f"\n{len(nodes)} node{'s' * (len(nodes) != 1)}, {seconds:.1f} s: {told}"))
 
 
-def _hanging(head: str, style: str, text: str, width: int) -> Text:
-    """A line whose continuation stands below its text."""
-    lines = Text(text).wrap(Console(width=width), max(20, width - len(head)))
-    whole = Text(head, style=style)
-    for number, line in enumerate(lines):
-        line.rstrip()
-        whole.append(("\n" + " " * len(head)) if number else "")
-        whole.append_text(line)
-    return whole
+def _hanging(head: tuple[str, str], text: tuple[str, str], width: int) -> Text:
+    """A line whose continuation stands below its text; both as (words, style)."""
+    indent = len(head[0])
+    lines = textwrap.wrap(text[0], max(20, width - indent), break_on_hyphens=False) or [""]
+    return Text.assemble(head, (("\n" + " " * indent).join(lines), text[1]))

@@ -55,7 +55,7 @@ def look_at_gpus() -> Gpus:
     if done.returncode:
         return Gpus(findings=(_silent((done.stdout + done.stderr).strip().splitlines()[0], node),))
     rows = [dict(zip(_FIELDS, map(str.strip, line.split(",")), strict=True)) for line in done.stdout.splitlines()]
-    findings = [finding for row in rows for finding in _check(row, node)]
+    findings = [finding for row in rows for finding in check_gpu(row, node)]
     if rows and not findings:
         findings = [ok("GPUs", f"{len(rows)} × {rows[0]['name']}, driver {rows[0]['driver_version']}", node)]
     return Gpus(tuple(row["name"] for row in rows), rows[0]["driver_version"] if rows else "", tuple(findings))
@@ -72,7 +72,8 @@ def _silent(reason: str, node: str) -> Finding:
     )
 
 
-def _check(row: dict[str, str], node: str) -> list[Finding]:
+def check_gpu(row: dict[str, str], node: str) -> list[Finding]:
+    """What is wrong with a GPU, by the fields that nvidia-smi was asked for."""
     which, found = f"GPU {row['index']}", []
     total, used = _number(row["memory.total"]), _number(row["memory.used"])
     if total and used > _MUCH_MEMORY * total:

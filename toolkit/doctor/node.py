@@ -105,8 +105,9 @@ class Node:
         """
         budget = self.budget
         settings = self._recipe.wait_for("settings", budget.left(MEASURE)) if self._recipe else None
-        run = Path(self._recipe.found["run"]) if self._recipe and settings else Path("runs").absolute()
-        self._disks.say({"folders": {"run folder": str(run), "cache": str(cache_folder())}, "leave": leave})
+        known = self._recipe is None or settings is not None
+        run = str(self._recipe.found["run"] if self._recipe and settings else Path("runs").absolute())
+        self._disks.say({"folders": {"run folder": run, "cache": str(cache_folder())}, "leave": leave})
         disks = self._disks.wait_for("disks", min(15.0, budget.left(FACTS)))
         gpus = self._gpus.wait_for("gpus", budget.left(FACTS)) or {"names": [], "driver": "", "findings": []}
         library = self._collectives[0].wait_for("torch", budget.left(FACTS))
@@ -117,7 +118,7 @@ class Node:
             "versions": package_versions(),
             "machine": self._machine(gpus),
             "code": code_files([self._recipe_file] if self._recipe_file else []),
-            "run": str(run),
+            "run": run if known else "",
             "at": (disks or {}).get("run folder", {}).get("at", ""),
         }
         if self._recipe:
@@ -194,20 +195,17 @@ class Node:
     def _settings(self, findings: list[Finding]) -> dict[str, Any]:
         """What the recipe's own process has said of settings and data."""
         assert self._recipe is not None
-        self._recipe.finish(self.budget.left(FACTS))
-        told = self._recipe.found
+        ended = self._recipe.finish(self.budget.left(FACTS))
+        told, reason = self._recipe.found, (self._recipe.complaint or "it said nothing").splitlines()[-1]
         if "hub" in told:
             findings += check_hub(self.name, told["hub"])
-        if "mistake" not in told and "settings" not in told:
-            reason = (self._recipe.complaint or "it took too long").splitlines()[-1]
-            return {
-                "mistake": f"its settings could not be read: {reason}",
-                "remedy": "See what its --help says.",
-            }
-        if "mistake" not in told and "data" not in told:
-            what = (self._recipe.complaint or "not looked at: it took too long").splitlines()[-1]
-            findings.append(
-                Finding("warning", "data", what, self.name, mend="Look at them: `toolkit data show RECIPE`.")
-            )
+        missing = {"mistake", "settings"}.isdisjoint(told) or {"mistake", "data"}.isdisjoint(told)
+        if missing and ended and "settings" not in told:
+            return {"mistake": f"it cannot be imported: {reason}", "remedy": "See `python RECIPE --help`."}
+        if missing:
+            what = f"{'its data' if 'settings' in told else 'its settings'} could not be looked at in time"
+            what = f"its data could not be looked at: {reason}" if ended else what
+            mend = "Give more time with --timeout; see with `toolkit data show RECIPE` how long it takes."
+            findings.append(Finding("warning", "recipe", what, self.name, mend=mend))
         kept = ("settings", "digest", "data", "unprepared", "mistake", "remedy")
         return {key: told[key] for key in kept if key in told}

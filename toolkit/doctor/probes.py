@@ -57,9 +57,10 @@ class Probe:
             time.sleep(0.02)
 
     def finish(self, seconds: float) -> bool:
-        """Wait for its end; whether it came by itself in that time, without an error."""
+        """Wait for its end, which is brought about when the time is over; whether it came before that."""
         try:
-            return self._process.wait(max(0.0, seconds)) == 0
+            self._process.wait(max(0.0, seconds))
+            return True
         except subprocess.TimeoutExpired:
             return False
         finally:

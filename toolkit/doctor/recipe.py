@@ -126,6 +126,7 @@ def _hub_ids(values: Mapping[str, Any]) -> Iterator[str]:
 def _hub(ids: list[str]) -> dict[str, Any]:
     """Which of these the cache seems to have, and whether the hub answers."""
     found: dict[str, Any] = {"ids": ids, "cached": [], "answers": False, "reason": "", "endpoint": constants.ENDPOINT}
+    found["offline"] = constants.HF_HUB_OFFLINE
     if not ids:
         return found
     folders = {name: [f"{kind}--{name.replace('/', '--')}" for kind in ("models", "datasets")] for name in ids}
