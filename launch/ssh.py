@@ -206,9 +206,9 @@ class Crew:
             self._say(self.asked)  # it came meanwhile
         patience = self._grace + MARGIN if together else 0.0
         began, failed_at = time.monotonic(), 0.0
-        while any(line.poll() is None for line in self._lines.values()):
+        while None in (codes := [line.poll() for line in self._lines.values()]):
             now = time.monotonic()
-            if together and not failed_at and any(line.returncode for line in self._lines.values()):
+            if together and any(codes) and not (failed_at or self.asked):  # a second one would not let them save
                 failed_at = now
                 self._say(signal.SIGTERM)
             ends = [since + patience for since in (self._since, failed_at) if since]

@@ -33,7 +33,7 @@ def examine_alone(node: Node, port: int) -> Examined:
     findings += check_data([node.name], {0: facts})
     figures = {}
     for backend, results in measured.items():
-        if results:
+        if results or backend == "gloo":
             names = [f"GPU {number}" if gpus else f"rank {number}" for number in range(members)]
             findings += judge_pairs(backend, names, *joined(results))
             figures[backend] = joined(results)[0]
