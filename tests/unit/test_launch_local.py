@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -76,10 +77,27 @@ def test_what_cannot_start(
 
 
 def test_the_exit_code_is_the_recipes(tmp_path: Path) -> None:
-    process = local(tmp_path, ENDS, "--processes", "2", "--cpu", "--", "75", "75")
+    process = local(tmp_path, ENDS, "--processes", "2", "--cpu", "--resumable-code", "143", "--", "75", "75")
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 75, out + err
+    assert process.returncode == 143, out + err
     assert "accelerate launch --config_file" in err
+
+
+@pytest.mark.slow
+def test_what_the_doctor_finds_is_not_started(tmp_path: Path) -> None:
+    """The script is no recipe, which it says; and a signal ends the looking at once."""
+    process = local(tmp_path, ENDS, "--cpu", "--doctor", "--restarts", "3", "--", "0")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, out + err
+    assert "launch: nothing was started" in err
+    assert "✗ recipe" in out
+    looked_at = len(list(tmp_path.glob("pid_*")))
+    assert looked_at == 1, "it was imported, and not started"
+    process = local(tmp_path, ENDS, "--cpu", "--doctor", "--obey", "--", "0")
+    time.sleep(2)
+    out, err = process.communicate("SIGTERM\n", timeout=30)
+    assert process.returncode == 75, out + err
+    assert len(list(tmp_path.glob("pid_*"))) <= looked_at + 1
 
 
 @pytest.mark.slow
