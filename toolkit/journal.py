@@ -8,10 +8,11 @@ from typing import Any
 from toolkit.config import RecipeConfig, plain
 from toolkit.progress import Progress
 from toolkit.report import Console, RunFolder, Trackers, model_card, write_html
+from toolkit.report.figures import FIGURES
 from toolkit.report.step_time import step_time_notes, step_time_rows
 from toolkit.world import World
 
-_SHOWN = ("loss", "accuracy", "perplexity", "bits_per_byte", "reward_margin", "reward_accuracy")
+_SHOWN = {"loss", *(figure.key for figure in FIGURES if figure.headline)}
 
 
 class Journal:

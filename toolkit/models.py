@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
@@ -28,6 +27,7 @@ from toolkit import samples
 from toolkit.config import DecoderConfig, ModelConfig
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
+from toolkit.networks import architecture
 from toolkit.sharing import once_a_node
 
 HUB_PATIENCE = 20.0
@@ -153,7 +153,7 @@ def load_again(config: ModelConfig, network: PreTrainedConfig) -> nn.Module:
     """
     source, options = source_of(config)
     try:
-        kind = getattr(transformers, (network.architectures or [""])[0])
+        kind: Any = architecture((network.architectures or [""])[0])
         with torch.random.fork_rng(devices=[]):
             model, report = kind.from_pretrained(
                 source,

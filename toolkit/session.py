@@ -29,7 +29,7 @@ from toolkit.compute import (
     remove_padding,
     replace_dropout,
 )
-from toolkit.config import CheckpointConfig, GenerateConfig, RecipeConfig, plain, to_yaml
+from toolkit.config import AdapterConfig, CheckpointConfig, GenerateConfig, RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
@@ -97,9 +97,11 @@ class Session:
         self.config = config
         self.world = world()
         self.console = Console(quiet=not self.world.main)
-        check_adapter(config.adapter)
-        check_prompt(config.adapter, config.train)
-        if config.adapter.name != "none" and config.checkpoint.max_shard_size != CheckpointConfig().max_shard_size:
+        # Not every network has layers to adapt, and its recipe then has no such settings.
+        self._adapter: AdapterConfig = getattr(config, "adapter", AdapterConfig())
+        check_adapter(self._adapter)
+        check_prompt(self._adapter, config.train)
+        if self._adapter.name != "none" and config.checkpoint.max_shard_size != CheckpointConfig().max_shard_size:
             raise ConfigError("--checkpoint.max_shard_size has no effect on an adapter, which is one file", "Drop it.")
         self.shape: BatchShape = batch_shape(config.train.global_batch, config.train.micro_batch, self.world.size)
         self.precision = choose_precision(config.precision, self.world)
@@ -111,7 +113,7 @@ class Session:
             max_grad_norm=config.train.max_grad_norm,
         )
         check_checkpointing(config.train.activation_checkpointing, config.train.compile, self.strategy.name)
-        self.low_bit = choose_low_bit(self.strategy, config.quantization, config.adapter.name)
+        self.low_bit = choose_low_bit(self.strategy, getattr(config, "quantization", "none"), self._adapter.name)
         if config.train.cuda_graphs:
             check_graphs(self.strategy, config.train.activation_checkpointing, self.low_bit.wanted)
         Trackers(config.run.trackers, Path(), "", {}, main=False)  # refuses unknown names before anything is loaded
@@ -196,7 +198,8 @@ class Session:
 
         Args:
             model: in fp32, equal on all ranks.
-            tokenizer: saved beside the model.
+            tokenizer: saved beside the model; None where its inputs need none. What else prepares inputs and is to be
+                saved beside it (a feature extractor, a processor) may stand in its place.
             data_fingerprint: equal on all ranks.
             plan: sections of the plan that the recipe knows (model, data).
 
@@ -207,6 +210,10 @@ class Session:
         """
         if self.config.run.show:
             first = next(self._train.steps(1)).micro_batches
+            if "input_ids" not in first[0].inputs:
+                raise ConfigError(
+                    f"--run.show has no effect on the recipe {self.recipe}, which reads no texts", "Drop it."
+                )
             self.console.samples(preview(self._task, first, tokenizer, self.config.run.show))
             raise Previewed
         self.world.connect()
@@ -217,7 +224,7 @@ class Session:
         total, trainable = parameter_counts(model)
         quantized = describe_quantization(model)
         adapter = adapter_of(model)
-        if adapter is None and self.config.adapter.name != "none":
+        if adapter is None and self._adapter.name != "none":
             raise ConfigError(f"--adapter.name has no effect on the recipe {self.recipe}", "Drop it.")
         if self.low_bit.wanted and not quantized:
             raise ConfigError(f"--quantization has no effect on the recipe {self.recipe}", "Drop it.")
@@ -232,7 +239,7 @@ class Session:
         blocks = compile_blocks(model, self.world.device) if self.config.train.compile else 0
         kind = self.config.train.activation_checkpointing
         checkpointed = checkpoint_activations(model, kind) if kind != "none" else 0
-        ratio = self.config.adapter.lr_ratio or 1.0
+        ratio = self._adapter.lr_ratio or 1.0
         self.strategy.left_out = left_out(model)
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim, ratio))
         if self.config.train.cuda_graphs:
@@ -403,17 +410,27 @@ class Session:
             self._note_bad_rows(step)
         self._pace.add(result.busy)
 
-    def finish(self, *, before: Mapping[str, Any], test: Mapping[str, Any], majority: float | None = None) -> None:
+    def finish(
+        self,
+        *,
+        before: Mapping[str, Any],
+        test: Mapping[str, Any],
+        majority: float | None = None,
+        predict: str = '"TEXT"',
+    ) -> None:
         """Save the model, write the reports and show the final figures.
 
         Args:
             before, test: metrics on the test split, untrained and trained.
             majority: share of its most frequent label, where there are labels.
+            predict: what `toolkit predict` is to be given behind the run, as an example; nothing where it cannot.
         """
         self._watchdog.beat("saving", self._progress.step)
         self._recovery.wait()
         self._save_model()
-        command = f'toolkit predict {self.folder.path} "TEXT"' if self.config.checkpoint.save_model else ""
+        command = (
+            f"toolkit predict {self.folder.path} {predict}" if predict and self.config.checkpoint.save_model else ""
+        )
         self.describe(before=before, test=test, majority=majority, predict=command)
         self._close_report("finished")
         self.world.on_main(self._journal.write_report)

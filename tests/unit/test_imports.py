@@ -30,6 +30,7 @@ FLOORS = (
     "order",
     "precision",
     "sharing",
+    "networks",
     "models",
     "decoders",
     "compute",

@@ -278,12 +278,12 @@ SPOILT: dict[str, tuple[Callable[[Path], object], type[ToolkitError], str]] = {
     "language model": (
         lambda run: set_in(run / "model/config.json", architectures=["BertForMaskedLM"]),
         ModelError,
-        "is a BertForMaskedLM, neither a text classifier nor a language model",
+        "is a BertForMaskedLM, which this command does not know",
     ),
     "nameless": (
         lambda run: set_in(run / "model/config.json", architectures=None),
         ModelError,
-        "neither a text classifier nor a language model",
+        "which this command does not know",
     ),
     "regression": (
         lambda run: set_in(run / "model/config.json", problem_type="regression"),

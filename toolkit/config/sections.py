@@ -418,11 +418,7 @@ class RunConfig:
 
 
 class RecipeConfig(Protocol):
-    """The sections that every recipe's settings have."""
-
-    @property
-    def adapter(self) -> AdapterConfig:
-        """What is trained instead of the whole network."""
+    """The sections that every recipe's settings have. Those of text models have `adapter` and `quantization` too."""
 
     @property
     def train(self) -> TrainConfig:
@@ -435,10 +431,6 @@ class RecipeConfig(Protocol):
     @property
     def precision(self) -> str:
         """Number format."""
-
-    @property
-    def quantization(self) -> str:
-        """Number format of the frozen base."""
 
     @property
     def strategy(self) -> StrategyConfig:

@@ -6,11 +6,13 @@ them to the ranks is in `toolkit.data.loader`.
 
 from toolkit.data.bpe import decoder_tokenizer
 from toolkit.data.chat import answer_end, answer_pairs, chat, conversations, preferences, question, use_template
+from toolkit.data.examples import Examples, examples
 from toolkit.data.language import LanguageData, language
 from toolkit.data.text_classification import TextClassification, text_classification
 from toolkit.data.text_corpus import TextCorpus, text_corpus
 
 __all__ = [
+    "Examples",
     "LanguageData",
     "TextClassification",
     "TextCorpus",
@@ -19,6 +21,7 @@ __all__ = [
     "chat",
     "conversations",
     "decoder_tokenizer",
+    "examples",
     "language",
     "preferences",
     "question",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolkit.config import ChatConfig, CorpusConfig, PairsConfig
+from toolkit.data.examples import Examples
 from toolkit.data.language import LanguageData
 from toolkit.data.text_classification import TextClassification
 
@@ -132,6 +133,44 @@ def plan_of_pairs(data: LanguageData, tokenizer: Any, config: PairsConfig) -> di
 def report_of_pairs(data: LanguageData, max_length: int) -> dict[str, Any]:
     """The data's part of report.json."""
     return report_of_chats(data, max_length, "pairs")
+
+
+def plan_of_examples(data: Examples, max_length: int | None = None) -> dict[str, str]:
+    """Lines of the plan: sources, sizes, what was dropped, and what was cut off at so many tokens."""
+    facts = data.facts
+    rows = {
+        "sources": _sources(facts),
+        "samples": _counted(facts["samples"]),
+        "dropped": _told(facts["dropped"]),
+    }
+    if max_length is not None:
+        cut = facts["cut"]["train"]
+        rows["length"] = f"at most {max_length} tokens, which cuts {cut:.0%} of the training samples"
+    return rows
+
+
+def report_of_examples(data: Examples, max_length: int | None = None) -> dict[str, Any]:
+    """The data's part of report.json."""
+    facts = data.facts
+    lengths = (
+        {}
+        if max_length is None
+        else {
+            "lengths": _lengths(facts["token_lengths"]),
+            "max_length": max_length,
+            "truncated": facts["cut"],
+        }
+    )
+    return {
+        "source": ", ".join(facts["sources"]),
+        "fingerprint": data.fingerprint,
+        "samples": facts["samples"],
+        "passes": facts["passes"],
+        "dropped": facts["dropped"],
+        "languages": facts["languages"],
+        "warnings": facts["warnings"],
+        **lengths,
+    }
 
 
 def majority(data: TextClassification) -> float:

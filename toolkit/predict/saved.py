@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from toolkit.errors import CheckpointError, ModelError, nearest
+from toolkit.predict.kinds import CLASSIFIER, KINDS, Kind, kind_of
 from toolkit.report import RunFolder
 
 _VOCABULARIES = (
@@ -25,13 +26,13 @@ class SavedModel:
     Attributes:
         folder: holds config.json, safetensors and the tokenizer.
         max_length: tokens to which the run cut its texts; None where no run says so.
-        writes: it goes on with texts, and does not put them into classes.
+        kind: what it answers to, and how.
         status: how the run ended, as its report says; empty where it says nothing.
     """
 
     folder: Path
     max_length: int | None
-    writes: bool = False
+    kind: Kind = CLASSIFIER
     status: str = ""
 
 
@@ -55,10 +56,11 @@ def find_model(run: Path) -> SavedModel:
             raise _no_model(run)
         return SavedModel(run / "model", _max_length(run), _check_model(run / "model"), _status(run))
     if (run / "config.json").is_file():
-        writes = _check_model(run)
+        kind = _check_model(run)
         parent = run.resolve().parent
         its_run = parent if run.resolve().name == "model" and (parent / "config.yaml").is_file() else None
-        return SavedModel(run, _max_length(its_run) if its_run else None, writes, _status(its_run) if its_run else "")
+        length, status = (_max_length(its_run), _status(its_run)) if its_run else (None, "")
+        return SavedModel(run, length, kind, status)
     runs = sorted(path.parent.name for path in run.glob("*/config.yaml"))
     raise CheckpointError(
         f"{run} is no run (it has no config.yaml) and no model (it has no config.json)",
@@ -80,8 +82,8 @@ def _no_model(run: Path) -> CheckpointError:
     )
 
 
-def _check_model(folder: Path) -> bool:
-    """Whether the model in `folder` writes; ModelError where the files are no model that could be loaded."""
+def _check_model(folder: Path) -> Kind:
+    """The kind of the model in `folder`; ModelError where the files are no model that could be loaded."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architectures = config.get("architectures") or []
@@ -89,12 +91,13 @@ def _check_model(folder: Path) -> bool:
         raise ModelError(
             f"{folder}/config.json cannot be read: {first_line(error)}", "Copy the model again."
         ) from error
-    writes = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-    if not writes and not any(str(name).endswith("ForSequenceClassification") for name in architectures):
-        found = f"a {architectures[0]}" if architectures else "of no architecture that its config.json names"
+    architecture = str((architectures or [""])[0])
+    kind = kind_of(architecture)
+    if kind is None:
+        found = f"a {architecture}" if architecture else "of no architecture that its config.json names"
         raise ModelError(
-            f"the model in {folder} is {found}, neither a text classifier nor a language model",
-            "Name a run of a recipe that trains one, like bert_cls or pretrain_lm.",
+            f"the model in {folder} is {found}, which this command does not know",
+            f"It knows {'; '.join(known.about for known in KINDS)}.",
         )
     if config.get("problem_type") in ("regression", "multi_label_classification"):
         raise ModelError(
@@ -108,12 +111,12 @@ def _check_model(folder: Path) -> bool:
             "Save the model with safetensors." if pickled else "Copy the model again, or train again.",
         )
     # Without any of them, transformers makes an empty tokenizer, in silence: every word is unknown to it.
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if kind.tokenizer and not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ModelError(
             f"{folder} has a model but no tokenizer (tokenizer.json)",
             "A run that was interrupted may leave it out: copy it there from the model that the run started from.",
         )
-    return writes
+    return kind
 
 
 def _settings(run: Path) -> dict[str, Any]:

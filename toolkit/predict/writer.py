@@ -16,6 +16,7 @@ from toolkit.data import answer_end, question
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.generation import beginning
+from toolkit.predict.kinds import Answer
 from toolkit.predict.saved import SavedModel, first_line
 
 
@@ -131,3 +132,39 @@ class Writer:
             )
         added = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
         return [Written(text, continuation) for text, continuation in zip(texts, added, strict=True)]
+
+
+class WriterAnswers:
+    """A saved language model as `toolkit predict` asks it.
+
+    Args:
+        saved: from `find_model`.
+        device: as for `Writer`.
+        tokens: that it adds to a text, at most (default 100).
+        temperature: of what it draws; 0 takes the likeliest (default 0.7).
+        plain: let a chat model go on with the text, instead of answering it.
+    """
+
+    def __init__(
+        self,
+        saved: SavedModel,
+        *,
+        device: str = "auto",
+        tokens: int = 100,
+        temperature: float = 0.7,
+        plain: bool = False,
+    ) -> None:
+        self._writer = Writer(saved, device=device, plain=plain)
+        self._options: dict[str, Any] = {"tokens": tokens, "temperature": temperature}
+        self._name, self._between = ("answer", "\n") if self._writer.answers else ("continuation", "")
+
+    def stream(self, inputs: Iterable[str], *, batch: int) -> Iterator[list[Answer]]:
+        """What the model writes behind each text."""
+        for window in self._writer.stream(inputs, batch=batch, **self._options):
+            yield [
+                Answer(
+                    found.text + self._between + found.continuation,
+                    {"text": found.text, self._name: found.continuation},
+                )
+                for found in window
+            ]

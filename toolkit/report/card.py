@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from toolkit.report.html import FIGURES
+from toolkit.report.figures import figures_in, titled
 
 _SECTIONS = ("model", "data", "preference", "strategy", "training")
 """Of the plan, those that a reader of the model asks for."""
@@ -63,9 +63,8 @@ def _commit(manifest: Mapping[str, Any]) -> str:
 
 def _figures(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
     before, after = report.get("before") or {}, report.get("test") or {}
-    for name, key in FIGURES:
-        if key in after:
-            yield name, _number(before.get(key)), _number(after[key])
+    for key, name in ((figure.key, titled(figure.name)) for figure in figures_in(after)):
+        yield name, _number(before.get(key)), _number(after[key])
 
 
 def _rows(plan: Mapping[str, Mapping[str, str]]) -> Iterable[tuple[str, str, str]]:

@@ -18,36 +18,13 @@ from xml.etree import ElementTree
 
 from toolkit.errors import CheckpointError
 from toolkit.report import plots
+from toolkit.report.figures import figures_in, titled
 from toolkit.report.folder import RunFolder
 from toolkit.report.plots import COLORS, Plot, clean
 from toolkit.report.step_time import step_time_bar, step_time_rows
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _XLINK = "{http://www.w3.org/1999/xlink}"
-FIGURES = (
-    ("Accuracy", "accuracy"),
-    ("Macro precision", "macro_precision"),
-    ("Macro recall", "macro_recall"),
-    ("Macro F1", "macro_f1"),
-    ("Perplexity", "perplexity"),
-    ("Bits per byte", "bits_per_byte"),
-    ("Reward margin", "reward_margin"),
-    ("Reward accuracy", "reward_accuracy"),
-    ("Preferred answer likelier", "likelier"),
-    ("Reward of the preferred", "chosen_reward"),
-    ("Reward of the other", "rejected_reward"),
-    ("Loss", "loss"),
-    ("Samples or tokens", "units"),
-)
-"""Of an evaluation: what each is called, and its key."""
-_TILES = (
-    ("Test accuracy", "accuracy"),
-    ("Test macro F1", "macro_f1"),
-    ("Test perplexity", "perplexity"),
-    ("Test bits per byte", "bits_per_byte"),
-    ("Test reward accuracy", "reward_accuracy"),
-    ("Test reward margin", "reward_margin"),
-)
 _CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
@@ -180,9 +157,9 @@ def _head(run: _Run) -> str:
 def _tiles(run: _Run) -> str:
     before, test = run.part("before"), run.part("test")
     tiles = []
-    for name, key in _TILES:
-        if test.get(key) is not None:
-            tiles.append((name, _number(test[key]), f"before {_number(before.get(key))}"))
+    for key, name in ((figure.key, figure.name) for figure in figures_in(test) if figure.headline):
+        if test[key] is not None:
+            tiles.append((f"Test {name}", _number(test[key]), f"before {_number(before.get(key))}"))
     if run.report.get("majority") is not None:
         tiles.append(("Majority label", _number(run.report["majority"]), "accuracy of a constant answer"))
     steps = run.report.get("steps") or (run.metrics[-1].get("step") if run.metrics else None)
@@ -205,7 +182,7 @@ def _tiles(run: _Run) -> str:
 
 def _test_cards(run: _Run) -> Iterable[str]:
     before, test = run.part("before"), run.part("test")
-    rows = [(name, before.get(key), test.get(key)) for name, key in FIGURES if key in before or key in test]
+    rows = [(titled(found.name), before.get(found.key), test.get(found.key)) for found in figures_in(before, test)]
     if rows:
         if run.report.get("majority") is not None:
             rows.insert(1, ("Majority label", run.report["majority"], run.report["majority"]))

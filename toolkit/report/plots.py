@@ -7,6 +7,7 @@ the plots; text stays text, so that the reader's own fonts show what matplotlib'
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import unicodedata
@@ -24,6 +25,8 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from toolkit.report.figures import FIGURES
+
 COLORS = {
     "--ink": ("#1b2330", "#e6e9ef"),
     "--muted": ("#5d6776", "#9aa4b2"),
@@ -39,6 +42,7 @@ COLORS = {
 ANNOTATED_CLASSES = 20
 SHOWN_CLASSES = 60
 SHOWN_LABELS = 25
+_MARKS = "osd^v"
 _POINTS = 1500
 _LABEL_CELLS = 22
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -172,25 +176,20 @@ def loss_scale_plot(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
 
 def evaluation_plot(evaluations: Sequence[Mapping[str, Any]], majority: float | None) -> Plot | None:
     """Shares of what is right in the evaluations, against the share of the most frequent label."""
-    curves = [
-        ("accuracy", "accuracy", "o"),
-        ("macro F1", "macro_f1", "s"),
-        ("reward accuracy", "reward_accuracy", "o"),
-        ("preferred answer likelier", "likelier", "s"),
-    ]
-    found = [(name, *_series(evaluations, key), shape) for name, key, shape in curves]
+    shares = [figure for figure in FIGURES if figure.share]
+    found = [(figure.name, *_series(evaluations, figure.key)) for figure in shares]
     found = [curve for curve in found if len(curve[1])]
     if not found:
         return None
     figure, axes = _figure()
-    for name, steps, values, shape in found:
+    for (name, steps, values), shape in zip(found, itertools.cycle(_MARKS), strict=False):
         axes.plot(steps, values, _marks(shape, steps), label=name)
     if majority is not None:
         axes.axhline(majority, color=_MUTED, linestyle="--", linewidth=1, label="majority label")
     _steps_axis(axes)
     axes.yaxis.set_major_formatter(_percent())
     axes.legend()
-    last = ", ".join(f"{name} {values[-1]:.4f}" for name, _, values, _ in found)
+    last = ", ".join(f"{name} {values[-1]:.4f}" for name, _, values in found)
     text = f"Figures of {len(found[0][1])} evaluations on the validation split; the last: {last}."
     return Plot("Validation", text, figure)
 

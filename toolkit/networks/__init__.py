@@ -1,0 +1,24 @@
+"""Networks that transformers does not have, in its form: a configuration, and a `PreTrainedModel` that reads it.
+
+So they are saved, loaded, exported and laid over processes like any other. A network is one file here, whose classes
+stand in `NETWORKS`; `config.json` names the class, and `AutoConfig` knows the configuration by its `model_type`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+NETWORKS: tuple[type[PreTrainedModel], ...] = ()
+"""All of them."""
+
+for _network in NETWORKS:
+    AutoConfig.register(_network.config_class.model_type, _network.config_class)
+
+
+def architecture(name: str) -> Any:
+    """The class that a `config.json` names: one of these, or of transformers; None where neither has it."""
+    own = {network.__name__: network for network in NETWORKS}
+    return own.get(name) or getattr(transformers, name, None)
