@@ -22,6 +22,7 @@ FLOORS = (
     "watchdog",
     "config",
     "requirements",
+    "normalise",
     "world",
     "pace",
     "memory",
@@ -63,6 +64,7 @@ FLOORS = (
     "gguf",
     "matrix",
     "serve",
+    "prepare",
     "data_commands",
     "cli",
 )
@@ -75,6 +77,7 @@ LATE = {
     ): "matplotlib takes a second to import, and every rank imports the package",
     ("toolkit.report", "toolkit.report.card"): "with the names of the page's figures",
     ("toolkit.cli", "toolkit.samples"): "with numpy, which the other commands can do without",
+    ("toolkit.data_commands", "toolkit.prepare"): "with datasets, which a listing can do without",
     ("toolkit.checkpoint.commands", "toolkit.checkpoint.samples_command"): "with numpy, too",
     ("toolkit.checkpoint.commands", "toolkit.checkpoint.joined"): "with torch, which a listing can do without",
     ("toolkit.checkpoint.commands", "toolkit.checkpoint.convert"): "with torch",

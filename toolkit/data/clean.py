@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,14 @@ class Cleaned:
     warnings: tuple[str, ...]
 
 
-def clean(corpus: Corpus, config: TextDataConfig, scratch: Path) -> Cleaned:
+def clean(corpus: Corpus, config: TextDataConfig, scratch: Path, note: Callable[[str, Roles], None]) -> Cleaned:
     """Drop rows without text or label, repeats, contradictions and leaks; refuse what no cleaning can mend.
+
+    Args:
+        corpus: what was read.
+        config: which columns, and whether repeats go.
+        scratch: folder for what is made on the way.
+        note: told the roles after each stage.
 
     Raises:
         DataError: too much is missing, the labels are no classes, or a split has classes of its own.
@@ -85,13 +91,16 @@ def clean(corpus: Corpus, config: TextDataConfig, scratch: Path) -> Cleaned:
     keyed = key_texts(corpus.texts, config.tokenize_processes, scratch)
     codes, names = code_labels(corpus.labels)
     roles, (no_text, no_label) = drop_missing(corpus, codes, keyed.blank)
+    note("without a text or a label", roles)
     check_labels(codes[roles != DROPPED], names, config.label)
     before = np.unique(codes[roles == TRAIN])
     groups = group_texts(keyed.keys)
     duplicates = conflicts = 0
     if config.deduplicate:
         roles, duplicates, conflicts = drop_repeats(roles, groups, codes)
+        note("repeats, and texts under two labels", roles)
     roles, leaks = drop_leaks(roles, groups)
+    note("in a split that is tested on", roles)
     classes = check_classes(corpus, roles, codes, names)
     dropped = {
         "text_nulls_dropped": no_text,

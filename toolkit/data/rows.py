@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Value
 
-from toolkit.config import SourcesConfig
+from toolkit.config import Normalisation, SourcesConfig
 from toolkit.data.files import Part, Role, open_file
 from toolkit.data.hub import hub_splits
 from toolkit.data.mapping import quiet
 from toolkit.data.text_corpus import Place, Rows, TextCorpus, gather
 from toolkit.errors import DataError, ToolkitError
+from toolkit.normalise import normalise_row
 
 _BYTES_FOR_A_BAR = 100_000_000
 _FEATURES = Features({"text": Value("string"), "fault": Value("string"), "where": Value("string")})
@@ -53,7 +54,8 @@ def gather_rows(
         ConfigError: a setting that cannot take effect or is out of range.
         DataError: data that is missing, or of which too many rows are unfit.
     """
-    read = partial(_read, canonical=canonical, what=what, most=config.max_bad_rows)
+    normal = partial(_normal, canonical=canonical, steps=config.normalise) if config.normalise else canonical
+    read = partial(_read, canonical=normal, what=what, most=config.max_bad_rows)
     corpus = gather(config, read, settings, words=words)
     if corpus.facts["dropped"]["malformed"] > config.max_bad_rows:  # of all sources, or by the bound of an earlier run
         raise DataError(
@@ -66,6 +68,10 @@ def gather_rows(
 def write(value: Any) -> str:
     """As a canonical text."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _normal(row: Mapping[str, Any], *, canonical: Canonical, steps: Sequence[Normalisation]) -> str:
+    return canonical(normalise_row(dict(row), steps))
 
 
 def _read(place: Place, role: Role, scratch: Path, canonical: Canonical, what: What, most: int) -> Iterator[Rows]:

@@ -21,10 +21,13 @@ from datasets import Dataset, concatenate_datasets
 
 from toolkit import samples
 from toolkit.config import TextDataConfig
+from toolkit.data.collect import collected
 from toolkit.data.files import ROLE_OF_WORD, ROLES, Labelled, Part, Role, kind_of, read_part
 from toolkit.data.hub import HubData, find, read_hub
 from toolkit.errors import ConfigError, DataError, nearest
 
+_FILES = (".txt", ".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz")
+"""Endings of files beside those of tables."""
 _SPLIT_NAME = re.compile(rf"({'|'.join(ROLE_OF_WORD)})([-_]\d.*)?")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 
@@ -73,7 +76,7 @@ def resolve(config: TextDataConfig) -> Source:
         ConfigError: an unknown sample, or a revision of something that has none.
         DataError: something is missing, or a folder holds what cannot be told apart.
     """
-    name, hub = config.name, None
+    name, hub = collected(config.name), None
     parts: dict[Role, Part] = {}
     warnings: list[str] = []
     if not name:
@@ -98,7 +101,7 @@ def resolve(config: TextDataConfig) -> Source:
         if given is not None:
             if role in parts:
                 warnings.append(f"--data.{role} replaces the {role} split that lies in {name}")
-            parts[role] = find_part(given, f"--data.{role}")  # type: ignore[index]  # the two names are roles
+            parts[role] = find_part(collected(given), f"--data.{role}")  # type: ignore[index]  # the two names are roles
     return Source(parts, hub, tuple(warnings))
 
 
@@ -160,7 +163,7 @@ def file_digest(file: Path) -> str:
 
 def is_local(name: str) -> bool:
     """Whether a name means a path; a missing one included, as long as it cannot be a hub id."""
-    looks_like_file = kind_of(Path(name)) is not None or Path(name).suffix in (".txt", ".gz")
+    looks_like_file = kind_of(Path(name)) is not None or Path(name).suffix in _FILES
     return looks_like_file or not _HUB_ID.fullmatch(name) or Path(name).exists()
 
 

@@ -39,6 +39,7 @@ def report_facts(data: TextClassification, max_length: int) -> dict[str, Any]:
         "lengths": _lengths(facts["token_lengths"]),
         "max_length": max_length,
         "truncated": facts["truncated"],
+        "stages": facts["stages"],
         "warnings": facts["warnings"],
     }
 
@@ -72,6 +73,7 @@ def report_of_texts(data: LanguageData, max_length: int) -> dict[str, Any]:
         "lengths": _lengths(facts["token_lengths"]),
         "max_length": max_length,
         "truncated": facts["cut"],
+        "stages": facts["stages"],
         "warnings": facts["warnings"],
     }
 
@@ -110,6 +112,7 @@ def report_of_chats(data: LanguageData, max_length: int, name: str = "conversati
         "max_length": max_length,
         "truncated": facts["cut"],
         "endless": facts["endless"],
+        "stages": facts["stages"],
         "warnings": facts["warnings"],
     }
 
@@ -168,6 +171,7 @@ def report_of_examples(data: Examples, max_length: int | None = None) -> dict[st
         "passes": facts["passes"],
         "dropped": facts["dropped"],
         "languages": facts["languages"],
+        "stages": facts["stages"],
         "warnings": facts["warnings"],
         **lengths,
     }

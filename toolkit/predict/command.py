@@ -14,6 +14,7 @@ from typing import Any
 
 from toolkit import predict
 from toolkit.errors import ConfigError, DataError
+from toolkit.normalise import normalise_row
 from toolkit.predict.kinds import Kind, check_options, load_answerer
 from toolkit.predict.output import open_sink, progress_bar, shown
 from toolkit.predict.saved import SavedModel, find_model
@@ -78,6 +79,8 @@ def run(arguments: Namespace) -> int:
     options = {name: value for name, value in options.items() if value is not None and value is not False}
     check_options(saved.kind, options)
     inputs, total = _inputs_of(arguments, saved.kind)
+    if saved.normalise:
+        inputs = (normalise_row(one, saved.normalise) for one in inputs)
     _silence_libraries()
     if saved.kind.answerer:
         return _answer(arguments, saved, inputs, options)

@@ -27,6 +27,7 @@ class SavedModel:
         folder: holds config.json, safetensors and the tokenizer.
         max_length: tokens to which the run cut its texts; None where no run says so.
         kind: what it answers to, and how.
+        normalise: what the run did to each text first.
         status: how the run ended, as its report says; empty where it says nothing.
     """
 
@@ -34,6 +35,7 @@ class SavedModel:
     max_length: int | None
     kind: Kind = CLASSIFIER
     status: str = ""
+    normalise: tuple[Any, ...] = ()
 
 
 def find_model(run: Path) -> SavedModel:
@@ -54,13 +56,14 @@ def find_model(run: Path) -> SavedModel:
     if (run / "config.yaml").is_file():
         if not (run / "model" / "config.json").is_file():
             raise _no_model(run)
-        return SavedModel(run / "model", _max_length(run), _check_model(run / "model"), _status(run))
+        return SavedModel(run / "model", _max_length(run), _check_model(run / "model"), _status(run), _normalise(run))
     if (run / "config.json").is_file():
         kind = _check_model(run)
         parent = run.resolve().parent
         its_run = parent if run.resolve().name == "model" and (parent / "config.yaml").is_file() else None
-        length, status = (_max_length(its_run), _status(its_run)) if its_run else (None, "")
-        return SavedModel(run, length, kind, status)
+        if its_run is None:
+            return SavedModel(run, None, kind)
+        return SavedModel(run, _max_length(its_run), kind, _status(its_run), _normalise(its_run))
     runs = sorted(path.parent.name for path in run.glob("*/config.yaml"))
     raise CheckpointError(
         f"{run} is no run (it has no config.yaml) and no model (it has no config.json)",
@@ -138,6 +141,11 @@ def _max_length(run: Path) -> int | None:
             f"{run}/config.yaml says data.max_length: {length}", "Write there to how many tokens the run cut its texts."
         )
     return length
+
+
+def _normalise(run: Path) -> tuple[Any, ...]:
+    data = _settings(run).get("data")
+    return tuple((data.get("normalise") or ()) if isinstance(data, dict) else ())
 
 
 def _status(run: Path) -> str:
