@@ -18,11 +18,13 @@ from toolkit.config import (
     Quantization,
     RunConfig,
     StrategyConfig,
+    TextAugmentConfig,
     TextDataConfig,
     TrainConfig,
 )
 from toolkit.data import text_classification
 from toolkit.data.summary import majority, plan_rows, report_facts
+from toolkit.data.text_augment import text_augmentation
 from toolkit.models import input_limits, load_classifier, load_tokenizer, width
 from toolkit.session import Session
 from toolkit.start import start
@@ -36,6 +38,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: TextDataConfig = TextDataConfig()
+    augment: TextAugmentConfig = TextAugmentConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     precision: Precision = "auto"
@@ -55,7 +58,8 @@ def main(config: Config) -> None:
         model = load_classifier(config.model, data.labels, seed=config.run.seed)
         model = add_adapter(model, config.adapter, seed=config.run.seed, low_bit=session.low_bit)
         limits = input_limits(model, config.data.max_length)
-        task = Classification(data.labels, tokenizer, config.train.label_smoothing, **limits)
+        augment = text_augmentation(config.augment, tokenizer, seed=config.run.seed, limits=limits)
+        task = Classification(data.labels, tokenizer, config.train.label_smoothing, augment=augment, **limits)
 
         options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows, "width": width(model)}
         train, validation, test = session.loaders(task, data.train, data.validation, data.test, **options)

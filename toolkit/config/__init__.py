@@ -5,6 +5,7 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 `ConfigError` that names the key, in whichever of the two it stands.
 """
 
+from toolkit.config.augment import TextAugmentConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
 from toolkit.config.sections import (
     AdapterConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "RunConfig",
     "SourcesConfig",
     "StrategyConfig",
+    "TextAugmentConfig",
     "TextDataConfig",
     "TokenizerConfig",
     "TrainConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ class Classification(Task):
         label_smoothing: share of the target spread over all classes, in training only (Szegedy et al. 2016).
         vocabulary: number of token ids that the model has an embedding for; by default those of the tokenizer.
         positions: tokens of the longest sample that the model takes; by default any number.
+        augment: varies the tokens of a training sample, given the epoch and the sample's id.
     """
 
     unit = "samples"
@@ -37,7 +38,9 @@ class Classification(Task):
         *,
         vocabulary: int | None = None,
         positions: int | None = None,
+        augment: Callable[[Sequence[int], int, int], list[int]] | None = None,
     ) -> None:
+        self.augment = augment
         self.labels = tuple(labels)
         self.tokenizer = tokenizer
         self.label_smoothing = label_smoothing
@@ -47,7 +50,10 @@ class Classification(Task):
 
     def collate(self, rows: Mapping[str, Sequence[Any]], empty: bool) -> Batch:
         """Pad on the tokenizer's side: `input_ids` and `attention_mask` (B, L), labels (B,)."""
-        inputs = self.tokenizer.pad({"input_ids": list(rows["input_ids"])}, return_tensors="pt")
+        tokens = list(rows["input_ids"])
+        if self.augment and "epoch" in rows:
+            tokens = list(map(self.augment, tokens, rows["epoch"], rows["id"]))
+        inputs = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt")
         size = len(rows["label"])
         return Batch(
             inputs={name: inputs[name] for name in ("input_ids", "attention_mask")},
