@@ -6,10 +6,12 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 
-from launch import accelerate_config, run
+from launch import accelerate_config, local, run, ssh
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "config": ("print a configuration file for `accelerate launch --config_file`", accelerate_config.main),
+    "local": ("start a recipe on this machine", local.main),
+    "ssh": ("start a recipe on a few machines without a scheduler", ssh.main),
     "run": ("run `accelerate launch`, pass on signals, restart after a crash, leave nothing behind", run.main),
 }
 """What every command does, in one line, and what runs it with the words after its name."""

@@ -34,9 +34,11 @@ from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
 from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
+from toolkit.fingerprint import code_files, package_versions
 from toolkit.generation import beginning, continue_texts
 from toolkit.graphs import Graphs, check_graphs, check_recordable
 from toolkit.journal import Journal
+from toolkit.look import stop_looking
 from toolkit.memory import peak_bytes
 from toolkit.models import parameter_counts
 from toolkit.numerics import LossGuard
@@ -164,6 +166,7 @@ class Session:
         Raises:
             ConfigError: a setting that this task does not read, or a schedule that does not fit the run.
         """
+        stop_looking()
         if self.config.train.label_smoothing and not task.smooths_labels:
             raise ConfigError(
                 f"--train.label_smoothing has no effect on the task {type(task).__name__}", "Leave it at 0."
@@ -217,6 +220,8 @@ class Session:
             self.console.samples(preview(self._task, first, tokenizer, self.config.run.show))
             raise Previewed
         self.world.connect()
+        if self.world.size > self.world.local_size:  # on one node all ranks read the same files
+            self.world.same_on_all_ranks("the code, or the version of a package,", [code_files(), package_versions()])
         self.world.same_on_all_ranks("the configuration", plain(self.config))
         self.world.same_on_all_ranks("the data", data_fingerprint)
         self.world.same_on_all_ranks("the initial weights", [checksum(p) for p in model.parameters()])

@@ -18,6 +18,8 @@ FLOORS = (
     "errors",
     "folders",
     "environment",
+    "look",
+    "fingerprint",
     "signals",
     "watchdog",
     "config",
@@ -63,6 +65,7 @@ FLOORS = (
     "merge",
     "gguf",
     "matrix",
+    "doctor",
     "serve",
     "prepare",
     "data_commands",
@@ -86,7 +89,7 @@ LATE = {
 }
 """Imports of own modules inside of functions, and why they are allowed."""
 
-LIGHT = ("environment", "errors", "config", "requirements", "samples", "report", "predict", "cli")
+LIGHT = ("environment", "errors", "config", "requirements", "samples", "report", "predict", "doctor.command", "cli")
 """Modules that must not make a user wait for torch."""
 
 STANDARD_ONLY = sorted(
