@@ -18,6 +18,7 @@ FLOORS = (
     "errors",
     "folders",
     "environment",
+    "lease",
     "signals",
     "watchdog",
     "config",
