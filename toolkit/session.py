@@ -32,12 +32,13 @@ from toolkit.compute import (
 from toolkit.config import AdapterConfig, CheckpointConfig, GenerateConfig, RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
-from toolkit.environment import launched
-from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
+from toolkit.environment import Job, launched
+from toolkit.errors import CheckpointError, ConfigError, DataError, FencedError, NumericsError, ToolkitError
 from toolkit.fingerprint import code_files, package_versions
 from toolkit.generation import beginning, continue_texts
 from toolkit.graphs import Graphs, check_graphs, check_recordable
 from toolkit.journal import Journal
+from toolkit.lease import Lease, break_lock, take
 from toolkit.look import stop_looking
 from toolkit.memory import peak_bytes
 from toolkit.models import parameter_counts
@@ -251,7 +252,9 @@ class Session:
             assert isinstance(self.strategy, TorchStrategy)
             self._graphs = Graphs(self.strategy, self._task)
         self._tokenizer = tokenizer
-        self._folder = RunFolder(self.world.on_main(self._open_folder))
+        path, number = self.world.on_main(self._open_folder)
+        self._lease = Lease(path, number)
+        self._folder = RunFolder(path, self._lease.check)
         check_shared(self.folder.path, self.world)
         self._journal = Journal(self.folder, self.config, self.console, self.world)
         self._resume(data_fingerprint, {"base": adapter.fingerprint} if adapter else {})
@@ -381,6 +384,8 @@ class Session:
             self._log(step, result)
 
     def _log(self, step: Step, result: StepResult) -> None:
+        if self.world.main:
+            self._lease.check()
         if result.fault:
             self._note_fault(result.fault)
             return
@@ -457,6 +462,9 @@ class Session:
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         status = "finished" if error is None else "interrupted" if stopped else "failed"
         agreed = error is None or isinstance(error, (Interrupted, ToolkitError))
+        agreed = agreed and not isinstance(
+            error, FencedError
+        )  # each rank finds out for itself, and the others may be gone
         if agreed:
             with contextlib.suppress(ToolkitError):  # `error` is told; this one would hide it
                 self._recovery.wait()
@@ -601,6 +609,7 @@ class Session:
         if step and self._recovery.saved != step:
             self._save()
         self._recovery.wait()
+        self._lease.check()  # who is fenced is not to be queued again
         if step:
             self.console.note(f"saved: the same command goes on from step {step}")
         raise Interrupted(reason)
@@ -609,6 +618,7 @@ class Session:
         """Go on where the run's newest good checkpoint left off, or begin."""
         self._recovery = Recovery(
             self.folder.path,
+            self._lease,
             self.strategy,
             self.world,
             self.config.checkpoint,
@@ -696,6 +706,7 @@ class Session:
             size=self.world.size,
             attempt=self._recovery.attempt,
             minimum=self.config.run.hang_seconds or math.inf,
+            guard=self._lease.check,
         )
 
     def _check_evaluations(self, steps_per_epoch: int) -> None:
@@ -727,14 +738,17 @@ class Session:
             device = self.world.device
             probe_gradients(model.to(device), self._task, batches[0].to(device), self.precision)
 
-    def _open_folder(self) -> Path:
-        folder = RunFolder(open_folder(self.recipe, self._run))
-        self._lock = lock(folder.path)
+    def _open_folder(self) -> tuple[Path, int]:
+        path, job = open_folder(self.recipe, self._run), Job.read()
+        break_lock(path, job)
+        self._lock = lock(path)
+        lease = take(path, job)
+        folder = RunFolder(path, lease.check)
         if not self._run.known:
             refuse_begun(folder)
             # Before all else: what a kill leaves from here on is a run to go on with.
             folder.write_config(to_yaml(self.config))
-        return folder.path
+        return path, lease.number
 
     def _write_manifest(self, data_fingerprint: str) -> None:
         self.folder.write_config(to_yaml(self.config))
@@ -752,6 +766,7 @@ class Session:
     def _save_model(self) -> None:
         if not self.config.checkpoint.save_model:
             return
+        self._lease.check()
         weights, target = self.strategy.weights(), self.folder.path / "model"
         module: Any = self.strategy.module
         if adapter_of(module):

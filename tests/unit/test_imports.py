@@ -20,6 +20,7 @@ FLOORS = (
     "environment",
     "look",
     "fingerprint",
+    "lease",
     "signals",
     "watchdog",
     "config",

@@ -39,13 +39,13 @@ class _Run:
         return part
 
 
-def write_html(folder: Path) -> Path:
+def write_html(folder: Path | RunFolder) -> Path:
     """Write `report.html` into a run's folder, from the files that are there.
 
     Raises:
         CheckpointError: there is no file of a run in `folder`, or one is damaged.
     """
-    files = RunFolder(folder)
+    files = folder if isinstance(folder, RunFolder) else RunFolder(folder)
     run = _read(files)
     with plots.plot_style():
         body = "".join(_sections(run))
