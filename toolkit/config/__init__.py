@@ -5,6 +5,7 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 `ConfigError` that names the key, in whichever of the two it stands.
 """
 
+from toolkit.config.images import AugmentConfig, ImageDataConfig, ImageModelConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
 from toolkit.config.sections import (
     AdapterConfig,
@@ -30,11 +31,14 @@ from toolkit.config.sections import (
 
 __all__ = [
     "AdapterConfig",
+    "AugmentConfig",
     "ChatConfig",
     "CheckpointConfig",
     "CorpusConfig",
     "DecoderConfig",
     "GenerateConfig",
+    "ImageDataConfig",
+    "ImageModelConfig",
     "ModelConfig",
     "OptimConfig",
     "PairsConfig",

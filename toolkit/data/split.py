@@ -8,16 +8,48 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from toolkit.config import TextDataConfig
 from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Cleaned, Codes, Keys, Roles, Rows, drop_leaks
 from toolkit.data.files import ROLES
 from toolkit.errors import ConfigError, DataError
 
 Order = npt.NDArray[np.uint64]
+
+
+class Shares(Protocol):
+    """What is asked of the splits: the settings that sections of labelled data have in common."""
+
+    @property
+    def validation_share(self) -> float:
+        """Share held out where no split is given."""
+
+    @property
+    def test_share(self) -> float:
+        """Share held out where no split is given."""
+
+    @property
+    def train_samples(self) -> int | None:
+        """At most so many."""
+
+    @property
+    def validation_samples(self) -> int | None:
+        """At most so many."""
+
+    @property
+    def test_samples(self) -> int | None:
+        """At most so many."""
+
+    @property
+    def split_seed(self) -> int:
+        """Of the order."""
+
+    @property
+    def deduplicate(self) -> bool:
+        """Whether repeats were dropped."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +67,7 @@ class Split:
     warnings: tuple[str, ...]
 
 
-def split(config: TextDataConfig, cleaned: Cleaned, given: Container[str]) -> Split:
+def split(config: Shares, cleaned: Cleaned, given: Container[str]) -> Split:
     """Take the splits that are not given from the training data, then limit all of them.
 
     Args:
@@ -67,7 +99,7 @@ def split(config: TextDataConfig, cleaned: Cleaned, given: Container[str]) -> Sp
         if not np.any(roles == role):
             raise DataError(
                 f"the {ROLES[role]} split has no rows left after cleaning",
-                "All of its texts are also in another split: give other data, or leave this split out.",
+                "All of them are also in another split: give other data, or leave this split out.",
             )
     warnings = absent_classes(roles, codes, cleaned.labels)
     if repeats:
@@ -85,7 +117,7 @@ def _check_trained(roles: Roles, codes: Codes, names: Sequence[str]) -> None:
         )
 
 
-def check_shares(config: TextDataConfig, given: Container[str]) -> None:
+def check_shares(config: Shares, given: Container[str]) -> None:
     """Raises ConfigError where the shares that are to be taken leave nothing to train on."""
     taken = {name: getattr(config, f"{name}_share") for name in ROLES[1:] if name not in given}
     if sum(taken.values()) >= 1:

