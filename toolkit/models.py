@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
 )
 
 from toolkit import samples
-from toolkit.config import DecoderConfig, ModelConfig
+from toolkit.config import DecoderConfig, ImageModelConfig, ModelConfig
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.networks import architecture
@@ -92,11 +93,21 @@ def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) ->
         ModelError: the model is not there or cannot classify.
         ConfigError: `freeze` matches nothing, or everything.
     """
-    load = functools.partial(_load_classifier, config, labels, seed=seed)
+    load = functools.partial(_load_classifier, config, labels, AutoModelForSequenceClassification, {}, seed=seed)
     return once_a_node(repr((config, list(labels), seed)), load)
 
 
-def _load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -> nn.Module:
+def load_pretrained_image_classifier(
+    config: ImageModelConfig, labels: Sequence[str], sizes: Mapping[str, int], *, seed: int
+) -> nn.Module:
+    """The same of images; `sizes` take the place of those in its configuration."""
+    load = functools.partial(_load_classifier, config, labels, AutoModelForImageClassification, sizes, seed=seed)
+    return once_a_node(repr((config, list(labels), sizes, seed)), load)
+
+
+def _load_classifier(
+    config: ModelConfig | ImageModelConfig, labels: Sequence[str], auto: Any, sizes: Mapping[str, int], *, seed: int
+) -> nn.Module:
     source, options = source_of(config)
     classes = dict(enumerate(labels))
     build: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
@@ -109,6 +120,7 @@ def _load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -
             num_labels=len(labels),
             id2label=classes,
             label2id={label: index for index, label in classes.items()},
+            **sizes,
             **options,
         )
         network.dtype = torch.float32
@@ -116,9 +128,9 @@ def _load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -
             set_dropout(network, config.dropout)
         torch.manual_seed(seed)
         if config.init == "random":
-            model = AutoModelForSequenceClassification.from_config(network, **build)
+            model = auto.from_config(network, **build)
         else:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, report = auto.from_pretrained(
                 source, config=network, ignore_mismatched_sizes=True, output_loading_info=True, **options, **build
             )
             missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
@@ -132,7 +144,7 @@ def _load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -
             elif isinstance(module, nn.MultiheadAttention):
                 module.dropout = config.dropout
     freeze(model, config.freeze)
-    model.origin = Origin(config.name, config.revision, config.init, tuple(sorted(missing)))
+    model.origin = Origin(str(config.name), config.revision, config.init, tuple(sorted(missing)))
     return model  # type: ignore[no-any-return]
 
 
@@ -275,7 +287,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def source_of(config: ModelConfig | DecoderConfig) -> tuple[str, dict[str, Any]]:
+def source_of(config: ModelConfig | DecoderConfig | ImageModelConfig) -> tuple[str, dict[str, Any]]:
     """Where a model lies, and what `from_pretrained` is to be told beside."""
     assert config.name is not None, "a new network lies nowhere"
     source = locate(config.name)
@@ -314,7 +326,7 @@ def _hub_has(name: str, revision: str | None) -> bool:
     return answer == [None]
 
 
-def _check_body(config: ModelConfig, model: Any, missing: Iterable[str]) -> None:
+def _check_body(config: ModelConfig | ImageModelConfig, model: Any, missing: Iterable[str]) -> None:
     """Refuse weights that are not those of this network: only the head (and what pools for it) may be new."""
     body = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if body:
@@ -340,7 +352,7 @@ def _is_rate(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def unreadable(config: ModelConfig | DecoderConfig, what: str, error: Exception) -> ModelError:
+def unreadable(config: ModelConfig | DecoderConfig | ImageModelConfig, what: str, error: Exception) -> ModelError:
     """That there is no such `what` under a model's name, and what to do."""
     return ModelError(
         f"no {what} could be loaded from --model.name {config.name}: {first_line(error)}",

@@ -266,7 +266,8 @@ class Session:
         adapted = {"adapter": adapter.describe()} if adapter else {}
         rows["model"] = rows.get("model", {}) | parameters | quantized | adapted
         rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
-        rows["training"]["padding"] = padding
+        if getattr(model, "main_input_name", "input_ids") == "input_ids":
+            rows["training"]["padding"] = padding
         if checkpointed:
             rows["training"]["activations"] = f"computed again in backward, in {checkpointed} blocks ({kind})"
         if blocks:

@@ -6,6 +6,7 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 """
 
 from toolkit.config.augment import TextAugmentConfig
+from toolkit.config.images import AugmentConfig, ImageDataConfig, ImageModelConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
 from toolkit.config.sections import (
     AdapterConfig,
@@ -32,11 +33,14 @@ from toolkit.config.sections import (
 
 __all__ = [
     "AdapterConfig",
+    "AugmentConfig",
     "ChatConfig",
     "CheckpointConfig",
     "CorpusConfig",
     "DecoderConfig",
     "GenerateConfig",
+    "ImageDataConfig",
+    "ImageModelConfig",
     "ModelConfig",
     "Normalisation",
     "OptimConfig",

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,13 @@ MOST_MISSING = 0.05
 
 _INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+class Places(Protocol):
+    """Rows that errors can name."""
+
+    def where(self, row: int) -> str:
+        """Where a row stands, in the words of its source."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +297,7 @@ def drop_leaks(roles: Roles, groups: Rows) -> tuple[Roles, dict[str, int]]:
     return result, lost
 
 
-def check_classes(corpus: Corpus, roles: Roles, codes: Codes, names: list[str]) -> list[int]:
+def check_classes(corpus: Places, roles: Roles, codes: Codes, names: list[str]) -> list[int]:
     """The classes of the training data, as indices into `names`.
 
     Raises:

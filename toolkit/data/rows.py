@@ -81,7 +81,7 @@ def _read(place: Place, role: Role, scratch: Path, canonical: Canonical, what: W
                 f"{place.files[0].parent.parent} holds plain texts, not {what[0]}",
                 "Give JSONL, JSON, Parquet, CSV or TSV.",
             )
-        sources = [(str(file), partial(_rows, file, place.kind), file.stat().st_size) for file in place.files]
+        sources = [(str(file), partial(rows_of_file, file, place.kind), file.stat().st_size) for file in place.files]
     else:
         splits = hub_splits(place)
         rows = splits.get(role, splits["train"])
@@ -128,7 +128,7 @@ def _texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int)
             yield {"text": None, "fault": str(reason), "where": where}
 
 
-def _rows(file: Path, kind: str) -> Iterator[Mapping[str, Any] | Unfit]:
+def rows_of_file(file: Path, kind: str) -> Iterator[Mapping[str, Any] | Unfit]:
     """The rows of a file; in the place of one that cannot be read, why."""
     if kind == "parquet":
         for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):

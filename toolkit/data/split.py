@@ -8,16 +8,60 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from toolkit.config import SourcesConfig, TextDataConfig
 from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Cleaned, Codes, Keys, Roles, Rows, drop_leaks
 from toolkit.data.files import ROLES
 from toolkit.errors import ConfigError, DataError
 
 Order = npt.NDArray[np.uint64]
+
+
+class HeldOut(Protocol):
+    """What is held out where no split is given: the settings that all sections of data have in common."""
+
+    @property
+    def validation_share(self) -> float:
+        """Share held out for validation."""
+
+    @property
+    def test_share(self) -> float:
+        """Share held out for the test."""
+
+    @property
+    def folds(self) -> int | None:
+        """Of so many folds one is the test."""
+
+    @property
+    def fold(self) -> int:
+        """Which one."""
+
+
+class Shares(HeldOut, Protocol):
+    """What is asked of the splits of labelled data."""
+
+    @property
+    def train_samples(self) -> int | None:
+        """At most so many."""
+
+    @property
+    def validation_samples(self) -> int | None:
+        """At most so many."""
+
+    @property
+    def test_samples(self) -> int | None:
+        """At most so many."""
+
+    @property
+    def split_seed(self) -> int:
+        """Of the order."""
+
+    @property
+    def deduplicate(self) -> bool:
+        """Whether repeats were dropped."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +79,7 @@ class Split:
     warnings: tuple[str, ...]
 
 
-def split(config: TextDataConfig, cleaned: Cleaned, given: Container[str]) -> Split:
+def split(config: Shares, cleaned: Cleaned, given: Container[str]) -> Split:
     """Take the splits that are not given from the training data, then limit all of them.
 
     Args:
@@ -66,7 +110,7 @@ def split(config: TextDataConfig, cleaned: Cleaned, given: Container[str]) -> Sp
         if not np.any(roles == role):
             raise DataError(
                 f"the {ROLES[role]} split has no rows left after cleaning",
-                "All of its texts are also in another split: give other data, or leave this split out.",
+                "All of them are also in another split: give other data, or leave this split out.",
             )
     warnings = absent_classes(roles, codes, cleaned.labels)
     if repeats:
@@ -84,7 +128,7 @@ def _check_trained(roles: Roles, codes: Codes, names: Sequence[str]) -> None:
         )
 
 
-def check_shares(config: TextDataConfig, given: Container[str]) -> None:
+def check_shares(config: Shares, given: Container[str]) -> None:
     """Raises ConfigError where the shares that are to be taken leave nothing to train on."""
     check_folds(config, given_test="test" in given)
     taken = {name: getattr(config, f"{name}_share") for name in ROLES[1:] if name not in given}
@@ -95,7 +139,7 @@ def check_shares(config: TextDataConfig, given: Container[str]) -> None:
         raise ConfigError(f"{listed} leave nothing to train on", "Make them smaller: together less than 1.")
 
 
-def check_folds(config: TextDataConfig | SourcesConfig, *, given_test: bool) -> None:
+def check_folds(config: HeldOut, *, given_test: bool) -> None:
     """Raises ConfigError where there is no such fold, or folds cannot take effect."""
     if config.folds is None:
         if config.fold:
@@ -112,7 +156,7 @@ def check_folds(config: TextDataConfig | SourcesConfig, *, given_test: bool) -> 
 
 
 def hold_out(
-    config: TextDataConfig | SourcesConfig,
+    config: HeldOut,
     roles: Roles,
     codes: Codes,
     order: Order,
