@@ -27,6 +27,7 @@ from toolkit.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
+from toolkit.config.speech import SpeechConfig
 
 __all__ = [
     "AdapterConfig",
@@ -44,6 +45,7 @@ __all__ = [
     "RecipeConfig",
     "RunConfig",
     "SourcesConfig",
+    "SpeechConfig",
     "StrategyConfig",
     "TextDataConfig",
     "TokenizerConfig",

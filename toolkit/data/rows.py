@@ -55,12 +55,17 @@ def gather_rows(
     """
     read = partial(_read, canonical=canonical, what=what, most=config.max_bad_rows)
     corpus = gather(config, read, settings, words=words)
-    if corpus.facts["dropped"]["malformed"] > config.max_bad_rows:  # of all sources, or by the bound of an earlier run
+    refuse_unfit(corpus, what, config.max_bad_rows)
+    return corpus
+
+
+def refuse_unfit(corpus: TextCorpus, what: What, most: int) -> None:
+    """Raises DataError where more rows are unfit than `most`: of all sources, or by the bound of an earlier run."""
+    if corpus.facts["dropped"]["malformed"] > most:
         raise DataError(
             f"rows are no {what[0]} to learn from: {' '.join(corpus.facts['warnings'])}",
             f"Mend them, {what[1]}, or raise --data.max_bad_rows.",
         )
-    return corpus
 
 
 def write(value: Any) -> str:
@@ -75,18 +80,18 @@ def _read(place: Place, role: Role, scratch: Path, canonical: Canonical, what: W
                 f"{place.files[0].parent.parent} holds plain texts, not {what[0]}",
                 "Give JSONL, JSON, Parquet, CSV or TSV.",
             )
-        sources = [(str(file), partial(_rows, file, place.kind), file.stat().st_size) for file in place.files]
+        sources = [(str(file), partial(rows_of_file, file, place.kind), file.stat().st_size) for file in place.files]
     else:
         splits = hub_splits(place)
         rows = splits.get(role, splits["train"])
         sources = [(place.name, partial(iter, rows), rows.nbytes)]
     for name, rows_of, size in sources:
-        yield _checked(
-            name, partial(_texts, name, rows_of, canonical, what, most), scratch, bar=size >= _BYTES_FOR_A_BAR
+        yield fit_texts(
+            name, partial(canonical_texts, name, rows_of, canonical, what, most), scratch, bar=size >= _BYTES_FOR_A_BAR
         )
 
 
-def _checked(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
+def fit_texts(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
     """The fit rows of a source, on the disk, and the faults of the others."""
     try:
         with quiet(bars=bar):
@@ -104,7 +109,12 @@ def _checked(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
     return Rows(table.select(kept).select_columns(["text"]), faults)
 
 
-def _texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int) -> Iterator[dict[str, Any]]:
+def canonical_texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int) -> Iterator[dict[str, Any]]:
+    """The texts of the rows of a source, or what is wrong with a row.
+
+    Raises:
+        DataError: that is so of more than `most`.
+    """
     unfit: list[str] = []
     for number, row in enumerate(rows_of(), start=1):
         where = f"row {number} of {name}"
@@ -122,7 +132,7 @@ def _texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int)
             yield {"text": None, "fault": str(reason), "where": where}
 
 
-def _rows(file: Path, kind: str) -> Iterator[Mapping[str, Any] | Unfit]:
+def rows_of_file(file: Path, kind: str) -> Iterator[Mapping[str, Any] | Unfit]:
     """The rows of a file; in the place of one that cannot be read, why."""
     if kind == "parquet":
         for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
