@@ -172,5 +172,6 @@ class Reduced:
             for owner, name, parameter in self._places:
                 owner[name] = parameter
 
-    def _to_dtype(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.dtype) if tensor.dtype == torch.float32 else tensor
+    def _to_dtype(self, value: Any) -> Any:
+        """What is no tensor, as keys and values of tokens that were there before, is in it already."""
+        return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value

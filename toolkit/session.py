@@ -319,10 +319,14 @@ class Session:
             return step % every == 0
         return step % self._train.steps_per_epoch == 0 or step == self.total_steps
 
-    def baseline(self, loader: Loader, title: str) -> dict[str, Any]:
+    def alive(self) -> None:
+        """Say that an evaluation gets on: for a task that takes long over one batch."""
+        self._watchdog.beat("evaluation", self._progress.step)
+
+    def baseline(self, loader: Loader, title: str, *, task: Task | None = None) -> dict[str, Any]:
         """The metrics before training: measured once in the life of a run, and remembered when it goes on."""
         if self._progress.baseline is None:
-            self._progress.baseline = self.evaluate(loader, title)
+            self._progress.baseline = self.evaluate(loader, title, task=task)
             self._continue_texts()
         return self._progress.baseline
 

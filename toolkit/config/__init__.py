@@ -30,6 +30,7 @@ from toolkit.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
+from toolkit.config.speech import SpeechConfig
 
 __all__ = [
     "AdapterConfig",
@@ -51,6 +52,7 @@ __all__ = [
     "RecipeConfig",
     "RunConfig",
     "SourcesConfig",
+    "SpeechConfig",
     "StrategyConfig",
     "TextAugmentConfig",
     "TextDataConfig",

@@ -82,6 +82,7 @@ def map_texts(
     processes: int | None,
     scratch: Path,
     title: str,
+    rows_at_once: int = 1000,
 ) -> Dataset:
     """Apply `function` to batches of the column `text`; the result has the columns that it returns, and no text.
 
@@ -92,12 +93,15 @@ def map_texts(
         processes: wish of the user, or None.
         scratch: folder for the result; `title` must be new in it.
         title: shown beside the progress bar.
+        rows_at_once: whose results are in memory together.
     """
     count = process_count(len(texts), processes)
     with quiet(bars=len(texts) >= ROWS_FOR_A_BAR), _serial_tokenizers():
         return texts.map(
             function,
             batched=True,
+            batch_size=rows_at_once,
+            writer_batch_size=rows_at_once,
             input_columns=["text"],
             remove_columns=["text"],
             features=features,

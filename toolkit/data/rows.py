@@ -57,12 +57,17 @@ def gather_rows(
     normal = partial(_normal, canonical=canonical, steps=config.normalise) if config.normalise else canonical
     read = partial(_read, canonical=normal, what=what, most=config.max_bad_rows)
     corpus = gather(config, read, settings, words=words)
-    if corpus.facts["dropped"]["malformed"] > config.max_bad_rows:  # of all sources, or by the bound of an earlier run
+    refuse_unfit(corpus, what, config.max_bad_rows)
+    return corpus
+
+
+def refuse_unfit(corpus: TextCorpus, what: What, most: int) -> None:
+    """Raises DataError where more rows are unfit than `most`: of all sources, or by the bound of an earlier run."""
+    if corpus.facts["dropped"]["malformed"] > most:
         raise DataError(
             f"rows are no {what[0]} to learn from: {' '.join(corpus.facts['warnings'])}",
             f"Mend them, {what[1]}, or raise --data.max_bad_rows.",
         )
-    return corpus
 
 
 def write(value: Any) -> str:
@@ -87,12 +92,12 @@ def _read(place: Place, role: Role, scratch: Path, canonical: Canonical, what: W
         rows = splits.get(role, splits["train"])
         sources = [(place.name, partial(iter, rows), rows.nbytes)]
     for name, rows_of, size in sources:
-        yield _checked(
-            name, partial(_texts, name, rows_of, canonical, what, most), scratch, bar=size >= _BYTES_FOR_A_BAR
+        yield fit_texts(
+            name, partial(canonical_texts, name, rows_of, canonical, what, most), scratch, bar=size >= _BYTES_FOR_A_BAR
         )
 
 
-def _checked(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
+def fit_texts(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
     """The fit rows of a source, on the disk, and the faults of the others."""
     try:
         with quiet(bars=bar):
@@ -110,7 +115,12 @@ def _checked(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
     return Rows(table.select(kept).select_columns(["text"]), faults)
 
 
-def _texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int) -> Iterator[dict[str, Any]]:
+def canonical_texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int) -> Iterator[dict[str, Any]]:
+    """The texts of the rows of a source, or what is wrong with a row.
+
+    Raises:
+        DataError: that is so of more than `most`.
+    """
     unfit: list[str] = []
     for number, row in enumerate(rows_of(), start=1):
         where = f"row {number} of {name}"

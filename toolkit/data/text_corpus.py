@@ -102,20 +102,30 @@ def gather(
         texts_in: for .txt files, as in CorpusConfig; None where such files are none of this kind.
         words: what a text says, where that is not all of it: by this it is filtered and compared; picklable.
     """
-    if not config.name or not all(config.name):
-        raise ConfigError("--data.name is empty", "Give a file, a folder, a glob, a hub id or sample:NAME.")
-    names: dict[Role, tuple[str, ...]] = {"train": config.name, "validation": config.validation, "test": config.test}
     _check_shares(config)
     check_normalisation(config.normalise)
     check_filters(config)
     check_near(config)
-    places = {role: [_find(name, role, texts_in) for name in found] for role, found in names.items()}
+    places = find_places(config, texts_in)
     content = {role: [_digest(place) for place in found] for role, found in places.items()}
     name = fingerprint("texts", _REVISION, content, [getattr(config, key) for key in _SPLITS + _CLEANING], settings)
     splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, read, places, words))
     warnings = [place.warning for found in places.values() for place in found if isinstance(place, HubData)]
     facts |= {"sources": list(config.name), "warnings": [*filter(None, warnings), *facts["warnings"]]}
     return TextCorpus(splits, facts, name)
+
+
+def find_places(config: SourcesConfig, texts_in: Any = None) -> dict[Role, list[Place]]:
+    """Where the data of each split are; no split but that of training need have any.
+
+    Raises:
+        ConfigError: no name is given.
+        DataError: a file is missing or of no kind that can be read.
+    """
+    if not config.name or not all(config.name):
+        raise ConfigError("--data.name is empty", "Give a file, a folder, a glob, a hub id or sample:NAME.")
+    names: dict[Role, tuple[str, ...]] = {"train": config.name, "validation": config.validation, "test": config.test}
+    return {role: [_find(name, role, texts_in) for name in found] for role, found in names.items()}
 
 
 def _check_shares(config: SourcesConfig) -> None:

@@ -5,6 +5,7 @@ from toolkit.tasks.classification import Classification
 from toolkit.tasks.image_classification import ImageClassification
 from toolkit.tasks.language_modeling import LanguageModeling
 from toolkit.tasks.preferences import REFERENCE_FREE, Preferences, Scores
+from toolkit.tasks.speech import SpeechRecognition
 
 __all__ = [
     "REFERENCE_FREE",
@@ -14,5 +15,6 @@ __all__ = [
     "LanguageModeling",
     "Preferences",
     "Scores",
+    "SpeechRecognition",
     "Task",
 ]
