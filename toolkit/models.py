@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi
@@ -18,7 +18,9 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
 )
@@ -33,6 +35,13 @@ from toolkit.sharing import once_a_node
 HUB_PATIENCE = 20.0
 """Seconds that the hub has to answer in."""
 _OTHER_MODELS = f"Models that need no hub: {', '.join('sample:' + name for name in samples.names('model'))}."
+
+Head = Literal["texts", "tokens", "spans"]
+_HEADS: dict[Head, Any] = {
+    "texts": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "spans": AutoModelForQuestionAnswering,
+}
 
 POSITION_TABLES = frozenset({"position_embeddings", "embed_positions", "positions_embed", "wpe"})
 """How the networks of transformers call the embedding of a token's place in its text, where they learn one."""
@@ -82,22 +91,34 @@ def load_tokenizer(config: ModelConfig | DecoderConfig, *, pads: bool = True) ->
     return tokenizer
 
 
-def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -> nn.Module:
-    """A sequence classifier with one output for each label, in fp32 on the CPU.
+def load_classifier(
+    config: ModelConfig, labels: Sequence[str], *, seed: int, of: Head = "texts", problem: str | None = None
+) -> nn.Module:
+    """A network with one output for each label, in fp32 on the CPU: of a text, of each token, or the ends of a span.
 
     The head (and, with `init: random`, the whole network) is drawn from `seed`, so that all ranks hold the same. A
     head for another number of labels, from an earlier training, is replaced.
+
+    Args:
+        config: where the network is.
+        labels: names of the outputs.
+        seed: of what is drawn.
+        of: what each has the outputs.
+        problem: `problem_type` in the saved configuration, for those who read it; None for one class of a text.
 
     Raises:
         ModelError: the model is not there or cannot classify.
         ConfigError: `freeze` matches nothing, or everything.
     """
-    load = functools.partial(_load_classifier, config, labels, seed=seed)
-    return once_a_node(repr((config, list(labels), seed)), load)
+    load = functools.partial(_load_classifier, config, labels, seed=seed, of=of, problem=problem)
+    return once_a_node(repr((config, list(labels), seed, of, problem)), load)
 
 
-def _load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -> nn.Module:
+def _load_classifier(
+    config: ModelConfig, labels: Sequence[str], *, seed: int, of: Head, problem: str | None
+) -> nn.Module:
     source, options = source_of(config)
+    kind = _HEADS[of]
     classes = dict(enumerate(labels))
     build: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
     missing: Iterable[str] = ()
@@ -109,6 +130,7 @@ def _load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -
             num_labels=len(labels),
             id2label=classes,
             label2id={label: index for index, label in classes.items()},
+            problem_type=problem,
             **options,
         )
         network.dtype = torch.float32
@@ -116,9 +138,9 @@ def _load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -
             set_dropout(network, config.dropout)
         torch.manual_seed(seed)
         if config.init == "random":
-            model = AutoModelForSequenceClassification.from_config(network, **build)
+            model = kind.from_config(network, **build)
         else:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, report = kind.from_pretrained(
                 source, config=network, ignore_mismatched_sizes=True, output_loading_info=True, **options, **build
             )
             missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]

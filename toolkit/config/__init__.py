@@ -5,6 +5,7 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 `ConfigError` that names the key, in whichever of the two it stands.
 """
 
+from toolkit.config.annotations import SpansConfig, TagsConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
 from toolkit.config.sections import (
     AdapterConfig,
@@ -44,7 +45,9 @@ __all__ = [
     "RecipeConfig",
     "RunConfig",
     "SourcesConfig",
+    "SpansConfig",
     "StrategyConfig",
+    "TagsConfig",
     "TextDataConfig",
     "TokenizerConfig",
     "TrainConfig",

@@ -10,6 +10,7 @@ from toolkit.data.examples import Examples, examples
 from toolkit.data.language import LanguageData, language
 from toolkit.data.text_classification import TextClassification, text_classification
 from toolkit.data.text_corpus import TextCorpus, text_corpus
+from toolkit.data.token_tags import tag_labels, tagged_tokens, token_tags
 
 __all__ = [
     "Examples",
@@ -25,7 +26,10 @@ __all__ = [
     "language",
     "preferences",
     "question",
+    "tag_labels",
+    "tagged_tokens",
     "text_classification",
     "text_corpus",
+    "token_tags",
     "use_template",
 ]

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 
-from toolkit import samples
 from toolkit.config import CorpusConfig, SourcesConfig
 from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Roles, drop_leaks, drop_repeats, group_texts, key_texts
 from toolkit.data.contamination import drop_contaminated
@@ -25,7 +24,7 @@ from toolkit.data.hub import HubData, find, read_hub
 from toolkit.data.mapping import ROWS_FOR_A_BAR, quiet
 from toolkit.data.near import check_near, drop_near
 from toolkit.data.prepared import fingerprint, prepared
-from toolkit.data.sources import file_digest, find_part, is_local
+from toolkit.data.sources import file_digest, find_part, is_local, sample_parts
 from toolkit.data.split import limit, shuffle_key, take_shares
 from toolkit.data.stored import load_splits, save_splits
 from toolkit.errors import ConfigError, DataError
@@ -103,9 +102,23 @@ def gather(
         raise ConfigError("--data.name is empty", "Give a file, a folder, a glob, a hub id or sample:NAME.")
     names: dict[Role, tuple[str, ...]] = {"train": config.name, "validation": config.validation, "test": config.test}
     _check_shares(config)
+    places = {role: [_find(name, role, texts_in) for name in found] for role, found in names.items()}
+    for role in ROLES[1:]:
+        places[role] = places[role] or _of_samples(config.name, role)
+    return gather_places(config, read, places, settings, words=words)
+
+
+def gather_places(
+    config: SourcesConfig,
+    read: Reader,
+    places: Mapping[Role, Sequence[Place]],
+    settings: Mapping[str, Any],
+    *,
+    words: Callable[[str], str] = str,
+) -> TextCorpus:
+    """The same for places that have been found: those of each split, of which only `train` must have some."""
     check_filters(config)
     check_near(config)
-    places = {role: [_find(name, role, texts_in) for name in found] for role, found in names.items()}
     content = {role: [_digest(place) for place in found] for role, found in places.items()}
     name = fingerprint("texts", _REVISION, content, [getattr(config, key) for key in _SPLITS + _CLEANING], settings)
     splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, read, places, words))
@@ -126,11 +139,17 @@ def _check_shares(config: SourcesConfig) -> None:
 def _find(name: str, role: Role, texts_in: Any) -> Place:
     key = "--data.name" if role == "train" else f"--data.{role}"
     if name.startswith("sample:"):
-        return Part("jsonl", (samples.fetch(name.removeprefix("sample:")) / "data.jsonl",))
+        return sample_parts(name)["train"]
     if not is_local(name):
         return find(name, None)
     part = find_part(name, key, plain=texts_in is not None)
     return dataclasses.replace(part, texts_in=texts_in) if texts_in else part
+
+
+def _of_samples(names: Sequence[str], role: Role) -> list[Place]:
+    """The splits that samples among the sources bring along."""
+    found = (sample_parts(name).get(role) for name in names if name.startswith("sample:"))
+    return [part for part in found if part is not None]
 
 
 def _digest(place: Place) -> list[Any]:

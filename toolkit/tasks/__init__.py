@@ -4,5 +4,15 @@ from toolkit.tasks.base import Batch, Task
 from toolkit.tasks.classification import Classification
 from toolkit.tasks.language_modeling import LanguageModeling
 from toolkit.tasks.preferences import REFERENCE_FREE, Preferences, Scores
+from toolkit.tasks.token_classification import TokenClassification
 
-__all__ = ["REFERENCE_FREE", "Batch", "Classification", "LanguageModeling", "Preferences", "Scores", "Task"]
+__all__ = [
+    "REFERENCE_FREE",
+    "Batch",
+    "Classification",
+    "LanguageModeling",
+    "Preferences",
+    "Scores",
+    "Task",
+    "TokenClassification",
+]
