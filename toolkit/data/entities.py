@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -30,7 +31,7 @@ def entities(tags: Iterable[str]) -> list[Entity]:
     found: list[Entity] = []
     begin, kind = 0, ""  # of the name that goes on, or no type
     at = -1
-    for at, tag in enumerate(tags):  # noqa: B007
+    for at, tag in enumerate(tags):
         place, _, of = tag.partition("-")
         if kind and (place in "BSUO" or of != kind):
             found.append((begin, at, kind))
@@ -67,5 +68,5 @@ def tokens_in(text: str) -> list[tuple[int, int]]:
 def blanks_before(tokens: Sequence[str]) -> list[bool]:
     """Whether a blank would stand before each of the tokens in a running text: not beside a character of a script
     without blanks."""
-    pairs = zip(tokens, tokens[1:], strict=False)
+    pairs = itertools.pairwise(tokens)
     return [False, *(not (_ENDS_DENSE.search(left) or _BEGINS_DENSE.search(right)) for left, right in pairs)]
