@@ -4,6 +4,7 @@ A recipe calls a verb or two, which give token ids in three splits, prepared onc
 them to the ranks is in `toolkit.data.loader`.
 """
 
+from toolkit.data.answer_spans import answer_spans, answered_questions
 from toolkit.data.bpe import decoder_tokenizer
 from toolkit.data.chat import answer_end, answer_pairs, chat, conversations, preferences, question, use_template
 from toolkit.data.examples import Examples, examples
@@ -19,6 +20,8 @@ __all__ = [
     "TextCorpus",
     "answer_end",
     "answer_pairs",
+    "answer_spans",
+    "answered_questions",
     "chat",
     "conversations",
     "decoder_tokenizer",

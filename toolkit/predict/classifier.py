@@ -92,7 +92,8 @@ class Classifier:
             for index, row in zip(chosen, scores, strict=True):
                 ranked = sorted(zip(self.labels, row, strict=True), key=lambda pair: -pair[1])
                 text = texts[index]
-                found[index] = Prediction(text if isinstance(text, str) else " | ".join(text), dict(ranked))
+                first, second = (text, None) if isinstance(text, str) else text
+                found[index] = Prediction(first, dict(ranked), second)
             on_batch(len(chosen))
         return [found[index] for index in range(len(texts))]
 

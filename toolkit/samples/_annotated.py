@@ -20,9 +20,7 @@ from toolkit.samples._converters import ROWS_FILE
 _SPLITS = {"train": ROWS_FILE, "validation": "validation.jsonl", "test": "test.jsonl"}
 _ENTITY = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
 """Parts of speech of the People's Daily that are names."""
-_SURNAMES = frozenset(
-    ["欧阳", "司马", "上官", "诸葛", "东方", "皇甫", "尉迟", "公孙", "慕容", "令狐", "夏侯", "司徒", "端木"]
-)
+_SURNAMES = frozenset(re.findall("..", "欧阳司马上官诸葛东方皇甫尉迟公孙慕容令狐夏侯司徒端木"))
 """Those of two characters; all others of Chinese names have one."""
 _CHARACTER = re.compile(r"[A-Za-z0-9Ａ-Ｚａ-ｚ０-９．.]+|\S")
 Row = Mapping[str, Any]

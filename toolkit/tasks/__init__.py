@@ -4,6 +4,7 @@ from toolkit.tasks.base import Batch, Task
 from toolkit.tasks.classification import Classification
 from toolkit.tasks.language_modeling import LanguageModeling
 from toolkit.tasks.preferences import REFERENCE_FREE, Preferences, Scores
+from toolkit.tasks.question_answering import QuestionAnswering
 from toolkit.tasks.token_classification import TokenClassification
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Classification",
     "LanguageModeling",
     "Preferences",
+    "QuestionAnswering",
     "Scores",
     "Task",
     "TokenClassification",
