@@ -11,6 +11,7 @@ from toolkit.data.examples import Examples, examples
 from toolkit.data.language import LanguageData, language
 from toolkit.data.text_classification import TextClassification, text_classification
 from toolkit.data.text_corpus import TextCorpus, text_corpus
+from toolkit.data.text_targets import labelled_texts
 from toolkit.data.token_tags import tag_labels, tagged_tokens, token_tags
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "conversations",
     "decoder_tokenizer",
     "examples",
+    "labelled_texts",
     "language",
     "preferences",
     "question",

@@ -185,7 +185,7 @@ def _check_scalar(table: Dataset, column: str, where: str) -> None:
         raise DataError(
             f"column '{column}' of {where} holds {holds}",
             "It must hold one word or number a row: write all of them in quotes, or name another column with "
-            "--data.text or --data.label.",
+            "--data.text or --data.label. Lists of labels are learnt with --data.target labels.",
         )
 
 

@@ -78,21 +78,20 @@ def encode(texts: Iterable[str | None], tokenizer: Any, max_length: int) -> Any:
     return tokenizer(list(texts), truncation=True, max_length=max_length, **_OPTIONS)
 
 
-def encode_pairs(pairs: Several[tuple[str, str]], tokenizer: Any, max_length: int) -> dict[str, list[list[int]]]:
+def encode_pairs(pairs: Several[Several[str]], tokenizer: Any, max_length: int) -> Any:
     """The same for pairs of texts, of which the longer one loses its end first.
 
     Returns:
         `input_ids`, and `token_type_ids` where the tokenizer's models read them: which of the two a token is of.
     """
     first, second = ([str(pair[place]) for pair in pairs] for place in (0, 1))
-    found = tokenizer(
+    return tokenizer(
         first,
         second,
         truncation="longest_first",
         max_length=max_length,
         **_OPTIONS | {"return_token_type_ids": "token_type_ids" in tokenizer.model_input_names},
     )
-    return {name: found[name] for name in ("input_ids", "token_type_ids") if name in found}
 
 
 def tokenize(

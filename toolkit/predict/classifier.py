@@ -100,7 +100,8 @@ class Classifier:
     def _tokenize(self, texts: Sequence[Text]) -> dict[str, list[list[int]]]:
         pairs = [text for text in texts if not isinstance(text, str)]
         if pairs:
-            return encode_pairs(pairs, self._encoder.tokenizer, self.max_length)
+            found = encode_pairs(pairs, self._encoder.tokenizer, self.max_length)
+            return {name: found[name] for name in ("input_ids", "token_type_ids") if name in found}
         rows: list[list[int]] = encode([str(text) for text in texts], self._encoder.tokenizer, self.max_length)[
             "input_ids"
         ]

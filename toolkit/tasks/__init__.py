@@ -5,16 +5,21 @@ from toolkit.tasks.classification import Classification
 from toolkit.tasks.language_modeling import LanguageModeling
 from toolkit.tasks.preferences import REFERENCE_FREE, Preferences, Scores
 from toolkit.tasks.question_answering import QuestionAnswering
+from toolkit.tasks.text_targets import PROBLEMS, MultiLabel, Regression, text_task
 from toolkit.tasks.token_classification import TokenClassification
 
 __all__ = [
+    "PROBLEMS",
     "REFERENCE_FREE",
     "Batch",
     "Classification",
     "LanguageModeling",
+    "MultiLabel",
     "Preferences",
     "QuestionAnswering",
+    "Regression",
     "Scores",
     "Task",
     "TokenClassification",
+    "text_task",
 ]
