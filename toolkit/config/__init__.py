@@ -5,6 +5,7 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 `ConfigError` that names the key, in whichever of the two it stands.
 """
 
+from toolkit.config.annotations import SpansConfig, TagsConfig
 from toolkit.config.augment import TextAugmentConfig
 from toolkit.config.images import AugmentConfig, ImageDataConfig, ImageModelConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
@@ -52,8 +53,10 @@ __all__ = [
     "RecipeConfig",
     "RunConfig",
     "SourcesConfig",
+    "SpansConfig",
     "SpeechConfig",
     "StrategyConfig",
+    "TagsConfig",
     "TextAugmentConfig",
     "TextDataConfig",
     "TokenizerConfig",

@@ -75,7 +75,14 @@ class TextDataConfig:
     text: str = "text"
     """Column that holds the text."""
     label: str = "label"
-    """Column that holds the class, as a word or a number."""
+    """Column that holds the class, as a word or a number; or what else `target` says."""
+    text_pair: str | None = None
+    """Column that holds a second text, where pairs of texts are to be judged."""
+    target: Literal["class", "labels", "number"] = "class"
+    """What is to be said of a text: one of several classes; any of several labels (a list, or words with `separator`
+    between); or a number (regression)."""
+    separator: str | None = None
+    """What stands between labels that are no list (default a comma)."""
     validation: str | None = None
     """File, folder or glob with the validation split. Without it a share of the training data is taken."""
     test: str | None = None

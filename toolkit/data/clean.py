@@ -190,7 +190,7 @@ def code_labels(labels: pa.ChunkedArray) -> tuple[Codes, list[str]]:
     """Labels as indices into names; −1 where there is none. `1.0` is read as `1`, and outer white space dropped."""
     coded = pa.concat_arrays(labels.dictionary_encode().unify_dictionaries().chunks)
     words = [_canonical(word) for word in coded.dictionary.to_pylist()]
-    names = _sorted({word for word in words if word})
+    names = sort_labels({word for word in words if word})
     code_of = {name: code for code, name in enumerate(names)}
     of_word = np.array([code_of.get(word, -1) for word in words] + [-1], np.int32)
     codes = pc.fill_null(coded.indices, len(words)).to_numpy(zero_copy_only=False)
@@ -202,7 +202,8 @@ def _canonical(word: str) -> str:
     return str(int(float(word))) if "." in word and _INTEGER.fullmatch(word) else word
 
 
-def _sorted(words: set[str]) -> list[str]:
+def sort_labels(words: set[str]) -> list[str]:
+    """As numbers, if all of them are integers."""
     if all(_INTEGER.fullmatch(word) for word in words):
         # The word itself settles the order of `1` and `01`: that of a set differs from process to process.
         return sorted(words, key=lambda word: (int(word), word))
@@ -248,7 +249,8 @@ def check_labels(codes: Codes, names: list[str], column: str) -> None:
         shown = ", ".join([name for name in present if not _INTEGER.fullmatch(name)][:4])
         raise DataError(
             f"column '{column}' holds measurements ({shown} …), which is regression, not classification",
-            "Name the column of the classes with --data.label; if these are classes after all, write them as words.",
+            "Learn numbers with --data.target number, or name the column of the classes with --data.label; if these "
+            "are classes after all, write them as words.",
         )
     if len(present) * 2 > len(codes):
         raise DataError(

@@ -22,7 +22,7 @@ from datasets import Dataset, concatenate_datasets
 from toolkit import samples
 from toolkit.config import TextDataConfig
 from toolkit.data.collect import collected
-from toolkit.data.files import ROLE_OF_WORD, ROLES, Labelled, Part, Role, kind_of, read_part
+from toolkit.data.files import PLAIN_TEXTS, ROLE_OF_WORD, ROLES, Labelled, Part, Role, kind_of, read_part
 from toolkit.data.hub import HubData, find, read_hub
 from toolkit.errors import ConfigError, DataError, nearest
 
@@ -91,7 +91,7 @@ def resolve(config: TextDataConfig) -> Source:
             f"--data.revision {config.revision} cannot take effect: '{name}' is no hub id", "Leave --data.revision out."
         )
     if is_sample:
-        parts["train"] = Part("jsonl", (samples.fetch(name.removeprefix("sample:")) / "data.jsonl",))
+        parts.update(sample_parts(name))
     elif is_local(name):
         parts.update(_local_splits(name, warnings))
     else:
@@ -103,6 +103,13 @@ def resolve(config: TextDataConfig) -> Source:
                 warnings.append(f"--data.{role} replaces the {role} split that lies in {name}")
             parts[role] = find_part(collected(given), f"--data.{role}")  # type: ignore[index]  # the two names are roles
     return Source(parts, hub, tuple(warnings))
+
+
+def sample_parts(name: str) -> dict[Role, Part]:
+    """The splits that `sample:NAME` comes in; most come in one, of which some is to be held out."""
+    folder = samples.fetch(name.removeprefix("sample:"))
+    files: dict[Role, Path] = {role: folder / f"{role}.jsonl" for role in ROLES} | {"train": folder / "data.jsonl"}
+    return {role: Part("jsonl", (file,)) for role, file in files.items() if file.is_file()}
 
 
 def digest(source: Source) -> str:
@@ -163,7 +170,7 @@ def file_digest(file: Path) -> str:
 
 def is_local(name: str) -> bool:
     """Whether a name means a path; a missing one included, as long as it cannot be a hub id."""
-    looks_like_file = kind_of(Path(name)) is not None or Path(name).suffix in _FILES
+    looks_like_file = kind_of(Path(name)) is not None or Path(name).suffix in (*PLAIN_TEXTS, *_FILES)
     return looks_like_file or not _HUB_ID.fullmatch(name) or Path(name).exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.config import ChatConfig, CorpusConfig, PairsConfig
+from toolkit.config import ChatConfig, CorpusConfig, PairsConfig, TextDataConfig
 from toolkit.data.examples import Examples
 from toolkit.data.language import LanguageData
 from toolkit.data.text_classification import TextClassification
@@ -22,7 +22,7 @@ def plan_rows(data: TextClassification, max_length: int) -> dict[str, str]:
     return {
         "source": str(facts["source"]),
         "samples": ", ".join(f"{count:,} {name}" for name, count in sizes.items()),
-        "labels": f"{len(data.labels)}, the most frequent has {majority(data):.1%} of the test",
+        "labels": facts.get("about") or f"{len(data.labels)}, the most frequent has {majority(data):.1%} of the test",
         "dropped": ", ".join(f"{count:,} {name}" for name, count in dropped.items()) or "nothing",
         "length": f"at most {max_length} tokens, which cuts {truncated:.0%} of the training samples",
     }
@@ -40,6 +40,7 @@ def report_facts(data: TextClassification, max_length: int) -> dict[str, Any]:
         "max_length": max_length,
         "truncated": facts["truncated"],
         "stages": facts["stages"],
+        **({"constant": facts["constant"]} if "constant" in facts else {}),
         "warnings": facts["warnings"],
     }
 
@@ -177,10 +178,19 @@ def report_of_examples(data: Examples, max_length: int | None = None) -> dict[st
     }
 
 
-def majority(data: TextClassification) -> float:
-    """Share of the test's most frequent label: the accuracy of a constant answer."""
+def majority(data: TextClassification) -> float | None:
+    """Share of the test's most frequent label, the accuracy of a constant answer; None where it is not one of them."""
+    if "constant" in data.facts:
+        return None
     counts = data.facts["samples"]["test"].values()
     return float(max(counts) / sum(counts))
+
+
+def predict_example(config: TextDataConfig) -> str:
+    """What `toolkit predict` is to be given: a text, or a row with both of a pair."""
+    if config.text_pair is None:
+        return '"TEXT"'
+    return f'\'{{"{config.text}": "TEXT", "{config.text_pair}": "TEXT"}}\''
 
 
 def _sources(facts: Mapping[str, Any]) -> str:

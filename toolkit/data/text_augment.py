@@ -139,7 +139,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def text_augmentation(
-    config: TextAugmentConfig, tokenizer: Any, *, seed: int, limits: Mapping[str, int | None]
+    config: TextAugmentConfig, tokenizer: Any, *, seed: int, limits: Mapping[str, int | None], pairs: bool = False
 ) -> TextAugmentation | None:
     """What varies training texts; None where nothing is to be done.
 
@@ -148,10 +148,13 @@ def text_augmentation(
         tokenizer: of the texts.
         seed: of the run.
         limits: from `input_limits`.
+        pairs: the texts are pairs, whose tokens must stay on their side.
 
     Raises:
-        ConfigError, DataError: as `TextAugmentation`.
+        ConfigError, DataError: as `TextAugmentation`; and where pairs were to be varied.
     """
     if not (config.delete or config.swap or config.replace or config.synonyms):
         return None
+    if pairs:
+        raise ConfigError("--augment has no effect on pairs of texts", "Leave it out, or --data.text_pair.")
     return TextAugmentation(config, tokenizer, seed=seed, longest=limits["positions"])

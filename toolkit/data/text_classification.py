@@ -29,7 +29,10 @@ from toolkit.normalise import check_normalisation
 _REVISION = 2
 """To be raised with every change of this package that changes its result: older caches are then not used."""
 _FACTS = "facts.json"
-_NOT_CONTENT = ("name", "revision", "validation", "test", "workers", "tokenize_processes", "max_bad_rows")
+_NOT_CONTENT = (
+    *("name", "revision", "validation", "test", "workers", "tokenize_processes", "max_bad_rows"),
+    *("text_pair", "target", "separator"),  # which are not read here
+)
 _MANY_UNKNOWN = 0.1
 
 

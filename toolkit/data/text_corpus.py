@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 
-from toolkit import samples
 from toolkit.config import CorpusConfig, SourcesConfig
 from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Roles, drop_leaks, drop_repeats, group_texts, key_texts
 from toolkit.data.collect import collected
@@ -26,7 +25,7 @@ from toolkit.data.hub import HubData, find, read_hub
 from toolkit.data.mapping import ROWS_FOR_A_BAR, normalised_texts, quiet
 from toolkit.data.near import check_near, drop_near
 from toolkit.data.prepared import fingerprint, prepared
-from toolkit.data.sources import file_digest, find_part, is_local
+from toolkit.data.sources import file_digest, find_part, is_local, sample_parts
 from toolkit.data.split import check_folds, hold_out, limit, shuffle_key
 from toolkit.data.stages import Stages
 from toolkit.data.stored import load_splits, save_splits
@@ -102,11 +101,22 @@ def gather(
         texts_in: for .txt files, as in CorpusConfig; None where such files are none of this kind.
         words: what a text says, where that is not all of it: by this it is filtered and compared; picklable.
     """
-    _check_shares(config)
+    return gather_places(config, read, find_places(config, texts_in), settings, words=words)
+
+
+def gather_places(
+    config: SourcesConfig,
+    read: Reader,
+    places: Mapping[Role, Sequence[Place]],
+    settings: Mapping[str, Any],
+    *,
+    words: Callable[[str], str] = str,
+) -> TextCorpus:
+    """The same for places that have been found: those of each split, of which only `train` must have some."""
     check_normalisation(config.normalise)
     check_filters(config)
     check_near(config)
-    places = find_places(config, texts_in)
+    _check_shares(config, places)
     content = {role: [_digest(place) for place in found] for role, found in places.items()}
     name = fingerprint("texts", _REVISION, content, [getattr(config, key) for key in _SPLITS + _CLEANING], settings)
     splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, read, places, words))
@@ -125,13 +135,16 @@ def find_places(config: SourcesConfig, texts_in: Any = None) -> dict[Role, list[
     if not config.name or not all(config.name):
         raise ConfigError("--data.name is empty", "Give a file, a folder, a glob, a hub id or sample:NAME.")
     names: dict[Role, tuple[str, ...]] = {"train": config.name, "validation": config.validation, "test": config.test}
-    return {role: [_find(name, role, texts_in) for name in found] for role, found in names.items()}
+    places = {role: [_find(name, role, texts_in) for name in found] for role, found in names.items()}
+    for role in ROLES[1:]:
+        places[role] = places[role] or _of_samples(config.name, role)
+    return places
 
 
-def _check_shares(config: SourcesConfig) -> None:
-    check_folds(config, given_test=bool(config.test))
-    held_out = (0 if config.validation else config.validation_share) + (
-        0 if config.test or config.folds else config.test_share
+def _check_shares(config: SourcesConfig, places: Mapping[Role, Sequence[Place]]) -> None:
+    check_folds(config, given_test=bool(places["test"]))
+    held_out = (0 if places["validation"] else config.validation_share) + (
+        0 if places["test"] or config.folds else config.test_share
     )
     if held_out >= 1:
         raise ConfigError(
@@ -143,12 +156,18 @@ def _check_shares(config: SourcesConfig) -> None:
 def _find(name: str, role: Role, texts_in: Any) -> Place:
     key = "--data.name" if role == "train" else f"--data.{role}"
     if name.startswith("sample:"):
-        return Part("jsonl", (samples.fetch(name.removeprefix("sample:")) / "data.jsonl",))
+        return sample_parts(name)["train"]
     name = collected(name)
     if not is_local(name):
         return find(name, None)
     part = find_part(name, key, plain=texts_in is not None)
     return dataclasses.replace(part, texts_in=texts_in) if texts_in else part
+
+
+def _of_samples(names: Sequence[str], role: Role) -> list[Place]:
+    """The splits that samples among the sources bring along."""
+    found = (sample_parts(name).get(role) for name in names if name.startswith("sample:"))
+    return [part for part in found if part is not None]
 
 
 def _digest(place: Place) -> list[Any]:

