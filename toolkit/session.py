@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,7 +34,7 @@ from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import launched
 from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
-from toolkit.generation import beginning, continue_texts
+from toolkit.generation import beginning, continue_texts, write_each
 from toolkit.graphs import Graphs, check_graphs, check_recordable
 from toolkit.journal import Journal
 from toolkit.memory import peak_bytes
@@ -52,6 +52,7 @@ from toolkit.prompts import check_prompt
 from toolkit.quantization import checksum, describe_quantization
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, redact, versions
+from toolkit.report.figures import figures_in
 from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun, refuse_other_data
 from toolkit.sharing import stop_offering
 from toolkit.signals import StopRequest
@@ -292,6 +293,54 @@ class Session:
             Interrupted: a signal asked to stop; raised on all ranks after the same batch.
         """
         self._finish_profile()  # which is of steps alone
+        self._watchdog.beat("evaluation", self._progress.step)
+        return evaluate(self.strategy, task or self._task, loader, self._on_batch(loader, title))
+
+    def score_texts(
+        self,
+        loader: Loader,
+        title: str,
+        score: Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]],
+        *,
+        show: int = 0,
+        beams: int | None = None,
+    ) -> dict[str, Any]:
+        """Figures of what the model writes for all samples of `loader`, with progress; alike on every rank.
+
+        Args:
+            loader: of a task that gives prompts (`Seq2Seq`).
+            title: shown beside the bar.
+            score: figures of the texts that were written (first) and wanted; called on one rank.
+            show: so many of them stand on the screen and in the report.
+            beams: another number than the model's own.
+
+        Raises:
+            Interrupted: a signal asked to stop; raised on all ranks after the same batch.
+        """
+        step = self._progress.step
+        texts = write_each(
+            self.strategy,
+            loader.once(),
+            self._tokenizer,
+            beams=beams,
+            on_token=lambda: self._watchdog.beat("evaluation", step),
+            on_batch=self._on_batch(loader, title),
+        )
+        for one in texts[:: max(1, len(texts) // show)][:show] if show else ():
+            self._progress.texts.append({"step": step, "prompt": one.source, "text": one.text, "wanted": one.target})
+            self.console.note(f"{one.source}\n  → {one.text}\n  wanted: {one.target}")
+        return self.world.on_main(lambda: {**score([one.text for one in texts], [one.target for one in texts])})
+
+    def beside(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Show the figures of other ways to the same end, by their names, beside those of the test."""
+        self.describe(beside=rows)
+        found = list(figures_in(*rows.values()))
+        header = ["", *(figure.name for figure in found)]
+        cells = ([name, *(f"{row[f.key]:.4f}" if f.key in row else "" for f in found)] for name, row in rows.items())
+        self.console.table("beside it, on the same test", header, cells)
+
+    def _on_batch(self, loader: Loader, title: str) -> Callable[[int], None]:
+        """Between the batches of a pass over `loader`: progress, and a stop where a signal asks for it."""
         total = loader.forwards_of_one_pass
 
         def on_batch(done: int) -> None:
@@ -300,8 +349,7 @@ class Session:
             if done < total and self.world.sum(torch.tensor(bool(self._stop.reason))):
                 self._interrupt()
 
-        self._watchdog.beat("evaluation", self._progress.step)
-        return evaluate(self.strategy, task or self._task, loader, on_batch)
+        return on_batch
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the validation split is to be evaluated after this step."""
@@ -310,10 +358,16 @@ class Session:
             return step % every == 0
         return step % self._train.steps_per_epoch == 0 or step == self.total_steps
 
-    def baseline(self, loader: Loader, title: str) -> dict[str, Any]:
-        """The metrics before training: measured once in the life of a run, and remembered when it goes on."""
+    def baseline(self, loader: Loader, title: str, more: Callable[[], Mapping[str, Any]] = dict) -> dict[str, Any]:
+        """The metrics before training: measured once in the life of a run, and remembered when it goes on.
+
+        Args:
+            loader: of the test split.
+            title: shown beside the bar.
+            more: further figures, such as those of texts that the model writes.
+        """
         if self._progress.baseline is None:
-            self._progress.baseline = self.evaluate(loader, title)
+            self._progress.baseline = self.evaluate(loader, title) | {**more()}
             self._continue_texts()
         return self._progress.baseline
 

@@ -27,13 +27,22 @@ from toolkit.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
+from toolkit.config.seq2seq import (
+    DecodeConfig,
+    EncoderDecoderConfig,
+    SummaryConfig,
+    TextPairsConfig,
+    TranslationConfig,
+)
 
 __all__ = [
     "AdapterConfig",
     "ChatConfig",
     "CheckpointConfig",
     "CorpusConfig",
+    "DecodeConfig",
     "DecoderConfig",
+    "EncoderDecoderConfig",
     "GenerateConfig",
     "ModelConfig",
     "OptimConfig",
@@ -45,9 +54,12 @@ __all__ = [
     "RunConfig",
     "SourcesConfig",
     "StrategyConfig",
+    "SummaryConfig",
     "TextDataConfig",
+    "TextPairsConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "TranslationConfig",
     "from_yaml",
     "parse",
     "plain",

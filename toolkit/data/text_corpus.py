@@ -25,7 +25,7 @@ from toolkit.data.hub import HubData, find, read_hub
 from toolkit.data.mapping import ROWS_FOR_A_BAR, quiet
 from toolkit.data.near import check_near, drop_near
 from toolkit.data.prepared import fingerprint, prepared
-from toolkit.data.sources import file_digest, find_part, is_local
+from toolkit.data.sources import file_digest, find_parallel, find_part, is_local
 from toolkit.data.split import limit, shuffle_key, take_shares
 from toolkit.data.stored import load_splits, save_splits
 from toolkit.errors import ConfigError, DataError
@@ -127,6 +127,8 @@ def _find(name: str, role: Role, texts_in: Any) -> Place:
     key = "--data.name" if role == "train" else f"--data.{role}"
     if name.startswith("sample:"):
         return Part("jsonl", (samples.fetch(name.removeprefix("sample:")) / "data.jsonl",))
+    if texts_in is None and (parallel := find_parallel(name, key)):
+        return parallel
     if not is_local(name):
         return find(name, None)
     part = find_part(name, key, plain=texts_in is not None)

