@@ -47,8 +47,8 @@ class Config:
     model: EncoderDecoderConfig = EncoderDecoderConfig()
     adapter: AdapterConfig = AdapterConfig()
     tokenizer: TokenizerConfig = TokenizerConfig(vocabulary=6000)
-    data: TranslationConfig = TranslationConfig(validation_share=0.03, test_share=0.05)
-    train: TrainConfig = TrainConfig(epochs=20, global_batch=64, label_smoothing=0.1)
+    data: TranslationConfig = TranslationConfig(validation_share=0.03, test_share=0.03, max_target_length=48)
+    train: TrainConfig = TrainConfig(epochs=12, global_batch=64, label_smoothing=0.1)
     optim: OptimConfig = OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, schedule="cosine")
     precision: Precision = "auto"
     """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
@@ -71,9 +71,7 @@ def main(config: Config) -> None:
         data = encode_pairs(config.data, corpus, tokenizer)
         model = load_encoder_decoder(config.model, tokenizer, seed=config.run.seed)
         room = config.data.max_target_length
-        write_as(
-            model, tokenizer, tokens=room, beams=config.generate.beams, length_penalty=config.generate.length_penalty
-        )
+        write_as(model, tokenizer, config.generate, tokens=room)
         model = add_adapter(model, config.adapter, seed=config.run.seed, low_bit=session.low_bit)
         smoothing = config.train.label_smoothing
         whole_logits = "labels are smoothed" if smoothing else fuse_loss(model)  # or a loss that needs none

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from toolkit.config import DecodeConfig
 from toolkit.encoder_decoders import language_token, start_token
 from toolkit.errors import ConfigError
 from toolkit.strategies import Strategy
@@ -100,30 +101,24 @@ def _draw(logits: torch.Tensor, temperature: float, generator: torch.Generator) 
 
 
 def write_as(
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    tokens: int,
-    beams: int = 1,
-    length_penalty: float | None = None,
-    ends: Collection[int] = (),
+    model: nn.Module, tokenizer: Any, config: DecodeConfig, *, tokens: int, ends: Collection[int] = ()
 ) -> None:
     """Let a model, and all that load what is saved of it, write in this way and no other; nothing is drawn.
 
     Args:
         model: an encoder–decoder, or a decoder.
         tokenizer: of the model.
+        config: with how many beams.
         tokens: of a text, at most.
-        beams: beginnings that are kept at a time; 1 takes the likeliest token each time.
-        length_penalty: exponent of the length by which a text's log-probability is divided (default 1).
         ends: tokens that end a text, beside the tokenizer's own.
 
     Raises:
         ConfigError: a length penalty without beams.
     """
-    if length_penalty is not None and beams == 1:
+    penalty = config.length_penalty
+    if penalty is not None and config.beams == 1:
         raise ConfigError(
-            f"--generate.length_penalty {length_penalty:g} has no effect on one beam",
+            f"--generate.length_penalty {penalty:g} has no effect on one beam",
             "Drop it, or set --generate.beams.",
         )
     described: Any = model
@@ -131,8 +126,8 @@ def write_as(
     language = language_token(tokenizer) if encodes else None
     described.generation_config = GenerationConfig(
         do_sample=False,
-        num_beams=beams,
-        length_penalty=1.0 if length_penalty is None else length_penalty,
+        num_beams=config.beams,
+        length_penalty=1.0 if penalty is None else penalty,
         max_new_tokens=tokens,
         eos_token_id=sorted({tokenizer.eos_token_id, *ends}),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

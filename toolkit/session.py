@@ -62,6 +62,9 @@ from toolkit.tasks import Task
 from toolkit.watchdog import Watchdog
 from toolkit.world import world
 
+_SHOWN = 160
+"""Characters that the screen shows of a text."""
+
 
 class Previewed(Exception):
     """What `--run.show` asked for has been shown."""
@@ -328,7 +331,8 @@ class Session:
         )
         for one in texts[:: max(1, len(texts) // show)][:show] if show else ():
             self._progress.texts.append({"step": step, "prompt": one.source, "text": one.text, "wanted": one.target})
-            self.console.note(f"{one.source}\n  → {one.text}\n  wanted: {one.target}")
+            given, text, wanted = (_shortened(part) for part in (one.source, one.text, one.target))
+            self.console.note(f"{given}\n  → {text}\n  wanted: {wanted}")
         return self.world.on_main(lambda: {**score([one.text for one in texts], [one.target for one in texts])})
 
     def beside(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -812,3 +816,9 @@ class Session:
     def _stale(self) -> bool:
         patience = self.config.run.early_stopping
         return patience is not None and self._progress.stale >= patience
+
+
+def _shortened(text: str) -> str:
+    """On one line of the screen, or two."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]} …"

@@ -95,8 +95,14 @@ def encode_pairs(config: TextPairsConfig, corpus: TextCorpus, tokenizer: Any, as
     settings = ["text pairs", _REVISION, config.max_length, config.max_target_length, prefix, languages, asked]
     if asked is not None:
         settings.append(tokenizer.chat_template)
-    rooms = {"room": config.max_length, "target_room": config.max_target_length}
-    encode_one = functools.partial(_encode, tokenizer=tokenizer, prefix=prefix, asked=asked, **rooms)
+    encode_one = functools.partial(
+        _encode,
+        tokenizer=tokenizer,
+        room=config.max_length,
+        target_room=config.max_target_length,
+        prefix=prefix,
+        asked=asked,
+    )
     return examples(config, corpus, encode_one, FEATURES, [*settings, tokenizer_fingerprint(tokenizer)])
 
 

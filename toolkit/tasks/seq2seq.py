@@ -82,7 +82,7 @@ class Seq2Seq(Task):
                 return f"of its {name}, {why}"
         return ""
 
-    def seen(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def shown(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The source, and behind it the target, which is learnt."""
         learnt = batch.labels != IGNORED
         ids, there = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
@@ -163,7 +163,7 @@ class Answering(Seq2Seq):
         """No tokens, too many on both sides together, or one without an embedding."""
         return problem_of_tokens([*row["input_ids"], *row["labels"]], self.vocabulary, self.positions)
 
-    def seen(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def shown(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Those that are the label of the position before are learnt."""
         learnt = torch.zeros_like(batch.labels, dtype=torch.bool)
         learnt[:, 1:] = batch.labels[:, :-1] != IGNORED
