@@ -39,8 +39,18 @@ WRITER = Kind(
     options=frozenset({"tokens", "temperature", "plain"}),
     answerer="toolkit.predict.writer:WriterAnswers",
 )
-KINDS: tuple[Kind, ...] = (CLASSIFIER, WRITER)
-"""All that are known."""
+TRANSLATOR = Kind(
+    "an encoder–decoder, which writes a text for each",
+    ("ForConditionalGeneration", "MTModel"),
+    options=frozenset({"tokens", "max_length"}),
+    answerer="toolkit.predict.translator:Translator",
+)
+KINDS: tuple[Kind, ...] = (
+    CLASSIFIER,
+    WRITER,
+    TRANSLATOR,  # behind all whose names end as its own do
+)
+"""All that are known; of several that a name fits, the first counts."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ class SavedModel:
         max_length: tokens to which the run cut its texts; None where no run says so.
         kind: what it answers to, and how.
         status: how the run ended, as its report says; empty where it says nothing.
+        data: settings by which the run read its data; empty where no run says so.
     """
 
     folder: Path
     max_length: int | None
     kind: Kind = CLASSIFIER
     status: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_model(run: Path) -> SavedModel:
@@ -54,13 +57,14 @@ def find_model(run: Path) -> SavedModel:
     if (run / "config.yaml").is_file():
         if not (run / "model" / "config.json").is_file():
             raise _no_model(run)
-        return SavedModel(run / "model", _max_length(run), _check_model(run / "model"), _status(run))
+        return SavedModel(run / "model", _max_length(run), _check_model(run / "model"), _status(run), _data(run))
     if (run / "config.json").is_file():
         kind = _check_model(run)
         parent = run.resolve().parent
         its_run = parent if run.resolve().name == "model" and (parent / "config.yaml").is_file() else None
-        length, status = (_max_length(its_run), _status(its_run)) if its_run else (None, "")
-        return SavedModel(run, length, kind, status)
+        if its_run is None:
+            return SavedModel(run, None, kind)
+        return SavedModel(run, _max_length(its_run), kind, _status(its_run), _data(its_run))
     runs = sorted(path.parent.name for path in run.glob("*/config.yaml"))
     raise CheckpointError(
         f"{run} is no run (it has no config.yaml) and no model (it has no config.json)",
@@ -130,9 +134,13 @@ def _settings(run: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _max_length(run: Path) -> int | None:
+def _data(run: Path) -> dict[str, Any]:
     data = _settings(run).get("data")
-    length = data.get("max_length") if isinstance(data, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
+def _max_length(run: Path) -> int | None:
+    length = _data(run).get("max_length")
     if length is not None and (not isinstance(length, int) or length < 1):
         raise CheckpointError(
             f"{run}/config.yaml says data.max_length: {length}", "Write there to how many tokens the run cut its texts."
