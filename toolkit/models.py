@@ -27,12 +27,13 @@ from transformers import (
 )
 
 from toolkit import samples
-from toolkit.config import DecoderConfig, ImageModelConfig, ModelConfig
+from toolkit.config import DecoderConfig, EncoderDecoderConfig, ImageModelConfig, ModelConfig
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.networks import architecture
 from toolkit.sharing import once_a_node
 
+AnyModelConfig = ModelConfig | DecoderConfig | EncoderDecoderConfig | ImageModelConfig
 HUB_PATIENCE = 20.0
 """Seconds that the hub has to answer in."""
 _OTHER_MODELS = f"Models that need no hub: {', '.join('sample:' + name for name in samples.names('model'))}."
@@ -63,7 +64,7 @@ class Origin:
     drawn: tuple[str, ...]
 
 
-def load_tokenizer(config: ModelConfig | DecoderConfig, *, pads: bool = True) -> Any:
+def load_tokenizer(config: AnyModelConfig, *, pads: bool = True) -> Any:
     """The tokenizer of the model, as transformers' fast tokenizer.
 
     Args:
@@ -305,7 +306,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def source_of(config: ModelConfig | DecoderConfig | ImageModelConfig) -> tuple[str, dict[str, Any]]:
+def source_of(config: AnyModelConfig) -> tuple[str, dict[str, Any]]:
     """Where a model lies, and what `from_pretrained` is to be told beside."""
     assert config.name is not None, "a new network lies nowhere"
     source = locate(config.name)
@@ -370,7 +371,7 @@ def _is_rate(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def unreadable(config: ModelConfig | DecoderConfig | ImageModelConfig, what: str, error: Exception) -> ModelError:
+def unreadable(config: AnyModelConfig, what: str, error: Exception) -> ModelError:
     """That there is no such `what` under a model's name, and what to do."""
     return ModelError(
         f"no {what} could be loaded from --model.name {config.name}: {first_line(error)}",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +35,7 @@ from toolkit.engine import StepResult, evaluate, train_step
 from toolkit.environment import Job, launched
 from toolkit.errors import CheckpointError, ConfigError, DataError, FencedError, NumericsError, ToolkitError
 from toolkit.fingerprint import code_files, package_versions
-from toolkit.generation import beginning, continue_texts
+from toolkit.generation import beginning, continue_texts, write_each
 from toolkit.graphs import Graphs, check_graphs, check_recordable
 from toolkit.journal import Journal
 from toolkit.lease import Lease, break_lock, take
@@ -55,6 +55,7 @@ from toolkit.prompts import check_prompt
 from toolkit.quantization import checksum, describe_quantization
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, redact, versions
+from toolkit.report.figures import figures_in
 from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun, refuse_other_data
 from toolkit.sharing import stop_offering
 from toolkit.signals import StopRequest
@@ -63,6 +64,9 @@ from toolkit.strategies.base import TorchStrategy
 from toolkit.tasks import Task
 from toolkit.watchdog import Watchdog
 from toolkit.world import world
+
+_SHOWN = 160
+"""Characters that the screen shows of a text."""
 
 
 class Previewed(Exception):
@@ -301,6 +305,55 @@ class Session:
             Interrupted: a signal asked to stop; raised on all ranks after the same batch.
         """
         self._finish_profile()  # which is of steps alone
+        self._watchdog.beat("evaluation", self._progress.step)
+        return evaluate(self.strategy, task or self._task, loader, self._on_batch(loader, title))
+
+    def score_texts(
+        self,
+        loader: Loader,
+        title: str,
+        score: Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]],
+        *,
+        show: int = 0,
+        beams: int | None = None,
+    ) -> dict[str, Any]:
+        """Figures of what the model writes for all samples of `loader`, with progress; alike on every rank.
+
+        Args:
+            loader: of a task that gives prompts (`Seq2Seq`).
+            title: shown beside the bar.
+            score: figures of the texts that were written (first) and wanted; called on one rank.
+            show: so many of them stand on the screen and in the report.
+            beams: another number than the model's own.
+
+        Raises:
+            Interrupted: a signal asked to stop; raised on all ranks after the same batch.
+        """
+        step = self._progress.step
+        texts = write_each(
+            self.strategy,
+            loader.once(),
+            self._tokenizer,
+            beams=beams,
+            on_token=lambda: self._watchdog.beat("evaluation", step),
+            on_batch=self._on_batch(loader, title),
+        )
+        for one in texts[:: max(1, len(texts) // show)][:show] if show else ():
+            self._progress.texts.append({"step": step, "prompt": one.source, "text": one.text, "wanted": one.target})
+            given, text, wanted = (_shortened(part) for part in (one.source, one.text, one.target))
+            self.console.note(f"{given}\n  → {text}\n  wanted: {wanted}")
+        return self.world.on_main(lambda: {**score([one.text for one in texts], [one.target for one in texts])})
+
+    def beside(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Show the figures of other ways to the same end, by their names, beside those of the test."""
+        self.describe(beside=rows)
+        found = list(figures_in(*rows.values()))
+        header = ["", *(figure.name for figure in found)]
+        cells = ([name, *(f"{row[f.key]:.4f}" if f.key in row else "" for f in found)] for name, row in rows.items())
+        self.console.table("beside it, on the same test", header, cells)
+
+    def _on_batch(self, loader: Loader, title: str) -> Callable[[int], None]:
+        """Between the batches of a pass over `loader`: progress, and a stop where a signal asks for it."""
         total = loader.forwards_of_one_pass
 
         def on_batch(done: int) -> None:
@@ -309,8 +362,7 @@ class Session:
             if done < total and self.world.sum(torch.tensor(bool(self._stop.reason))):
                 self._interrupt()
 
-        self._watchdog.beat("evaluation", self._progress.step)
-        return evaluate(self.strategy, task or self._task, loader, on_batch)
+        return on_batch
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the validation split is to be evaluated after this step."""
@@ -323,10 +375,24 @@ class Session:
         """Say that an evaluation gets on: for a task that takes long over one batch."""
         self._watchdog.beat("evaluation", self._progress.step)
 
-    def baseline(self, loader: Loader, title: str, *, task: Task | None = None) -> dict[str, Any]:
-        """The metrics before training: measured once in the life of a run, and remembered when it goes on."""
+    def baseline(
+        self,
+        loader: Loader,
+        title: str,
+        more: Callable[[], Mapping[str, Any]] = dict,
+        *,
+        task: Task | None = None,
+    ) -> dict[str, Any]:
+        """The metrics before training: measured once in the life of a run, and remembered when it goes on.
+
+        Args:
+            loader: of the test split.
+            title: shown beside the bar.
+            more: further figures, such as those of texts that the model writes.
+            task: measures in the place of the run's own.
+        """
         if self._progress.baseline is None:
-            self._progress.baseline = self.evaluate(loader, title, task=task)
+            self._progress.baseline = self.evaluate(loader, title, task=task) | {**more()}
             self._continue_texts()
         return self._progress.baseline
 
@@ -783,3 +849,9 @@ class Session:
     def _stale(self) -> bool:
         patience = self.config.run.early_stopping
         return patience is not None and self._progress.stale >= patience
+
+
+def _shortened(text: str) -> str:
+    """On one line of the screen, or two."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]} …"

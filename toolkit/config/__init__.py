@@ -31,6 +31,7 @@ from toolkit.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
+from toolkit.config.seq2seq import DecodeConfig, EncoderDecoderConfig, SummaryConfig, TextPairsConfig, TranslationConfig
 from toolkit.config.speech import SpeechConfig
 
 __all__ = [
@@ -39,7 +40,9 @@ __all__ = [
     "ChatConfig",
     "CheckpointConfig",
     "CorpusConfig",
+    "DecodeConfig",
     "DecoderConfig",
+    "EncoderDecoderConfig",
     "GenerateConfig",
     "ImageDataConfig",
     "ImageModelConfig",
@@ -56,11 +59,14 @@ __all__ = [
     "SpansConfig",
     "SpeechConfig",
     "StrategyConfig",
+    "SummaryConfig",
     "TagsConfig",
     "TextAugmentConfig",
     "TextDataConfig",
+    "TextPairsConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "TranslationConfig",
     "from_yaml",
     "parse",
     "plain",

@@ -11,6 +11,7 @@ from toolkit.data.examples import Examples, examples
 from toolkit.data.language import LanguageData, language
 from toolkit.data.text_classification import TextClassification, text_classification
 from toolkit.data.text_corpus import TextCorpus, text_corpus
+from toolkit.data.text_pairs import encode_pairs, pairs_tokenizer, text_pairs
 from toolkit.data.text_targets import labelled_texts
 from toolkit.data.token_tags import tag_labels, tagged_tokens, token_tags
 
@@ -26,15 +27,18 @@ __all__ = [
     "chat",
     "conversations",
     "decoder_tokenizer",
+    "encode_pairs",
     "examples",
     "labelled_texts",
     "language",
+    "pairs_tokenizer",
     "preferences",
     "question",
     "tag_labels",
     "tagged_tokens",
     "text_classification",
     "text_corpus",
+    "text_pairs",
     "token_tags",
     "use_template",
 ]

@@ -28,7 +28,8 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from toolkit.data.mapping import quiet
 from toolkit.errors import DataError, ToolkitError, nearest
 
-Kind = Literal["csv", "tsv", "jsonl", "json", "parquet", "text"]
+Kind = Literal["csv", "tsv", "jsonl", "json", "parquet", "text", "parallel"]
+"""`parallel`: two text files, of which a line of the second belongs to each line of the first."""
 
 _KINDS: dict[str, Kind] = {
     ".csv": "csv",

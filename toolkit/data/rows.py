@@ -109,9 +109,14 @@ def _read(
                 f"{place.files[0].parent.parent} holds plain texts, not {what[0]}",
                 "Give JSONL, JSON, Parquet, CSV or TSV.",
             )
-        sources = [
-            (str(file), partial(rows_of_file, file, place.kind, of_lines), file.stat().st_size) for file in place.files
-        ]
+        if place.kind == "parallel":
+            names = " and ".join(map(str, place.files))
+            sources = [(names, partial(_line_pairs, *place.files), sum(file.stat().st_size for file in place.files))]
+        else:
+            sources = [
+                (str(file), partial(rows_of_file, file, place.kind, of_lines), file.stat().st_size)
+                for file in place.files
+            ]
     else:
         splits = hub_splits(place)
         rows = splits.get(role, splits["train"])
@@ -178,6 +183,31 @@ def rows_of_file(file: Path, kind: str, of_lines: OfLines | None = None) -> Iter
             yield from of_lines(lines)
         else:
             yield from (_json_line(line) for line in lines if line.strip())
+
+
+def _line_pairs(sources: Path, targets: Path) -> Iterator[Mapping[str, Any] | Unfit]:
+    """The lines of two files, side by side; in the place of those that cannot be read, why.
+
+    Raises:
+        DataError: they have not as many.
+    """
+    counts = []
+    for file in (sources, targets):
+        with open_file(file) as raw:
+            counts.append(sum(1 for _ in raw))
+    if counts[0] != counts[1]:
+        raise DataError(
+            f"{sources} has {counts[0]:,} lines and {targets} {counts[1]:,}",
+            "A line of the second file belongs to each line of the first: align them again.",
+        )
+    with open_file(sources) as first, open_file(targets) as second:
+        for lines in zip(first, second, strict=True):
+            try:
+                source, target = (line.decode("utf-8").strip("\ufeff\r\n") for line in lines)
+            except UnicodeDecodeError:
+                yield Unfit("they are not UTF-8")
+            else:
+                yield {"source": source, "target": target}
 
 
 def _json_line(line: str) -> Mapping[str, Any] | Unfit:

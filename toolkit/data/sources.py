@@ -214,6 +214,22 @@ def _role_of(path: Path) -> Role | None:
     return ROLE_OF_WORD[match[1]] if match else None
 
 
+def find_parallel(name: str, key: str) -> Part | None:
+    """Two text files with a comma between their paths; None for a name that is none such.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+    paths = [Path(path).expanduser() for path in name.split(",")]
+    if len(paths) != 2 or Path(name).exists() or not all(path.name for path in paths):
+        return None
+    if missing := [path for path in paths if not path.is_file()]:
+        raise DataError(
+            f"{key} '{name}': there is no file {missing[0]}", f"Relative names are looked for in {Path.cwd()}."
+        )
+    return Part("parallel", tuple(paths))
+
+
 def find_part(name: str, key: str, *, plain: bool = False) -> Part:
     """The files under a path or a glob, all taken for one split.
 

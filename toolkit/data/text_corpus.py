@@ -25,7 +25,7 @@ from toolkit.data.hub import HubData, find, read_hub
 from toolkit.data.mapping import ROWS_FOR_A_BAR, normalised_texts, quiet
 from toolkit.data.near import check_near, drop_near
 from toolkit.data.prepared import fingerprint, prepared
-from toolkit.data.sources import file_digest, find_part, is_local, sample_parts
+from toolkit.data.sources import file_digest, find_parallel, find_part, is_local, sample_parts
 from toolkit.data.split import check_folds, hold_out, limit, shuffle_key
 from toolkit.data.stages import Stages
 from toolkit.data.stored import load_splits, save_splits
@@ -158,6 +158,8 @@ def _find(name: str, role: Role, texts_in: Any) -> Place:
     if name.startswith("sample:"):
         return sample_parts(name)["train"]
     name = collected(name)
+    if texts_in is None and (parallel := find_parallel(name, key)):
+        return parallel
     if not is_local(name):
         return find(name, None)
     part = find_part(name, key, plain=texts_in is not None)

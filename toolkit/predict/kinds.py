@@ -59,8 +59,21 @@ SCORER = Kind(
     answerer="toolkit.predict.scorer:Scorer",
 )
 """Of the same classes as `CLASSIFIER`: told apart by the configuration of the model or of the run."""
-KINDS: tuple[Kind, ...] = (CLASSIFIER, WRITER, TAGGER, READER, SCORER)
-"""All that are known."""
+TRANSLATOR = Kind(
+    "an encoder–decoder, which writes a text for each",
+    ("ForConditionalGeneration", "MTModel"),
+    options=frozenset({"tokens", "max_length"}),
+    answerer="toolkit.predict.translator:Translator",
+)
+KINDS: tuple[Kind, ...] = (
+    CLASSIFIER,
+    WRITER,
+    TAGGER,
+    READER,
+    SCORER,
+    TRANSLATOR,  # behind all whose names end as its own do
+)
+"""All that are known; of several that a name fits, the first counts."""
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,11 @@ def _test_cards(run: _Run) -> Iterable[str]:
         if run.report.get("majority") is not None:
             rows.insert(1, ("Majority label", run.report["majority"], run.report["majority"]))
         yield card(table("Before and after", ("", "before", "after"), rows, numbers=2))
+    if beside := run.part("beside"):
+        found = list(figures_in(*beside.values()))
+        others = [(name, *(row.get(figure.key) for figure in found)) for name, row in beside.items()]
+        header = ("", *(figure.name for figure in found))
+        yield card(table("Beside it, on the same test", header, others, numbers=len(found)))
     per_class = [
         (line.get("label"), *(line.get(key) for key in ("precision", "recall", "f1", "support")))
         for line in test.get("per_class") or []
@@ -155,8 +160,12 @@ def _training_plots(run: _Run) -> Iterable[Plot]:
 
 def _texts(texts: Sequence[Mapping[str, Any]]) -> str:
     """The last ones first."""
-    rows = [(line.get("step"), line.get("prompt"), line.get("text")) for line in reversed(texts)]
-    return card(table("Continued from each prompt", ("after step", "prompt", "text"), rows)) if rows else ""
+    if any("wanted" in line for line in texts):
+        title, columns = "Written for samples of the test", {"prompt": "given", "text": "written", "wanted": "wanted"}
+    else:
+        title, columns = "Continued from each prompt", {"prompt": "prompt", "text": "text"}
+    rows = [(line.get("step"), *map(line.get, columns)) for line in reversed(texts)]
+    return card(table(title, ("after step", *columns.values()), rows)) if rows else ""
 
 
 def _data_plots(run: _Run) -> Iterable[Plot]:

