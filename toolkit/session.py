@@ -52,6 +52,7 @@ from toolkit.prompts import check_prompt
 from toolkit.quantization import checksum, describe_quantization
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, redact, versions
+from toolkit.report.figures import figures_in
 from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun, refuse_other_data
 from toolkit.sharing import stop_offering
 from toolkit.signals import StopRequest
@@ -76,6 +77,7 @@ class Session:
     Args:
         recipe: its name, which names the folder of its runs.
         config: its settings; the sections of `RecipeConfig` are read here.
+        micro_batch: samples of the largest micro-batch, where the settings name none.
 
     Attributes:
         world: this rank among the others.
@@ -92,7 +94,7 @@ class Session:
     schedule: Schedule
     total_steps: int
 
-    def __init__(self, recipe: str, config: RecipeConfig) -> None:
+    def __init__(self, recipe: str, config: RecipeConfig, *, micro_batch: int = 32) -> None:
         self.recipe = recipe
         self.config = config
         self.world = world()
@@ -103,7 +105,10 @@ class Session:
         check_prompt(self._adapter, config.train)
         if self._adapter.name != "none" and config.checkpoint.max_shard_size != CheckpointConfig().max_shard_size:
             raise ConfigError("--checkpoint.max_shard_size has no effect on an adapter, which is one file", "Drop it.")
-        self.shape: BatchShape = batch_shape(config.train.global_batch, config.train.micro_batch, self.world.size)
+        train = config.train
+        self.shape: BatchShape = batch_shape(
+            train.global_batch, train.micro_batch, self.world.size, largest=micro_batch
+        )
         self.precision = choose_precision(config.precision, self.world)
         self.strategy = choose_strategy(
             config.strategy,
@@ -279,6 +284,20 @@ class Session:
     def describe(self, **facts: Any) -> None:
         """Add facts to the report (labels, majority, data)."""
         self._journal.report |= facts
+
+    def compare(self, test: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> None:
+        """Show, and keep for the report, the figures of other models on the very test samples beside this one's."""
+        if not others:
+            return
+        self.describe(baselines=others)
+        models = [test, *others.values()]
+        rows = [
+            [figure.name, *("" if figure.key not in model else f"{model[figure.key]:,.4f}" for model in models)]
+            for figure in figures_in(*others.values())
+            if figure.better
+        ]
+        self.console.table("on the same held-out samples", ("", "this network", *others), rows)
+        self.console.note("")
 
     @property
     def steps_done(self) -> int:

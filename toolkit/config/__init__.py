@@ -27,6 +27,7 @@ from toolkit.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
+from toolkit.config.tables import EventsConfig, NextItemNetworkConfig, TableConfig, TableNetworkConfig
 
 __all__ = [
     "AdapterConfig",
@@ -34,8 +35,10 @@ __all__ = [
     "CheckpointConfig",
     "CorpusConfig",
     "DecoderConfig",
+    "EventsConfig",
     "GenerateConfig",
     "ModelConfig",
+    "NextItemNetworkConfig",
     "OptimConfig",
     "PairsConfig",
     "Precision",
@@ -45,6 +48,8 @@ __all__ = [
     "RunConfig",
     "SourcesConfig",
     "StrategyConfig",
+    "TableConfig",
+    "TableNetworkConfig",
     "TextDataConfig",
     "TokenizerConfig",
     "TrainConfig",

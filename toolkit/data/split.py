@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -85,8 +86,8 @@ def _check_trained(roles: Roles, codes: Codes, names: Sequence[str]) -> None:
         )
 
 
-def check_shares(config: TextDataConfig, given: Container[str]) -> None:
-    """Raises ConfigError where the shares that are to be taken leave nothing to train on."""
+def check_shares(config: Any, given: Container[str]) -> None:
+    """Raises ConfigError where the shares that a section of settings takes leave nothing to train on."""
     taken = {name: getattr(config, f"{name}_share") for name in ROLES[1:] if name not in given}
     if sum(taken.values()) >= 1:
         listed = " and ".join(f"--data.{name}_share {share:g}" for name, share in taken.items())

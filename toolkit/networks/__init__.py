@@ -11,7 +11,14 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-NETWORKS: tuple[type[PreTrainedModel], ...] = ()
+from toolkit.networks.next_item import GPT2ForNextItem
+from toolkit.networks.tables import FTTransformerForTables, MlpForTables
+
+NETWORKS: tuple[type[PreTrainedModel], ...] = (
+    FTTransformerForTables,
+    GPT2ForNextItem,
+    MlpForTables,
+)
 """All of them."""
 
 for _network in NETWORKS:

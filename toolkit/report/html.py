@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 from toolkit.errors import CheckpointError
 from toolkit.report import plots
+from toolkit.report.answer_plots import answer_plots
 from toolkit.report.figures import figures_in, titled
 from toolkit.report.folder import RunFolder
 from toolkit.report.plots import COLORS, Plot, clean
@@ -187,6 +188,11 @@ def _test_cards(run: _Run) -> Iterable[str]:
         if run.report.get("majority") is not None:
             rows.insert(1, ("Majority label", run.report["majority"], run.report["majority"]))
         yield _card(_table("Before and after", ("", "before", "after"), rows, numbers=2))
+    if others := run.part("baselines"):
+        models = [test, *others.values()]
+        side = [(titled(found.name), *(model.get(found.key) for model in models)) for found in figures_in(*models[1:])]
+        yield _card(_table("On the same samples", ("", "this network", *others), side, numbers=len(models)))
+    yield from map(_figure, answer_plots(test.get("answers") or {}))
     per_class = [
         (line.get("label"), *(line.get(key) for key in ("precision", "recall", "f1", "support")))
         for line in test.get("per_class") or []
