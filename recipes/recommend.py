@@ -37,8 +37,9 @@ class Config:
     data: EventsConfig = EventsConfig()
     train: TrainConfig = TrainConfig(epochs=60, global_batch=64, eval_batch=256)
     optim: OptimConfig = OptimConfig(lr=1e-3, schedule="cosine", weight_decay=0.01)
-    precision: Precision = "auto"
-    """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
+    precision: Precision = "fp32"
+    """Number format of forward and backward. In another, scores of many items round to the same, and their ranks are
+    worse for it."""
     strategy: StrategyConfig = StrategyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig(eval_every=None)

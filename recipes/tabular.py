@@ -36,8 +36,8 @@ class Config:
 
     model: TableNetworkConfig = TableNetworkConfig()
     data: TableConfig = TableConfig()
-    train: TrainConfig = TrainConfig(epochs=20, global_batch=256, eval_batch=1024)
-    optim: OptimConfig = OptimConfig(lr=1e-3, schedule="cosine", weight_decay=0.01)
+    train: TrainConfig = TrainConfig(epochs=20, global_batch=256, eval_batch=2048)
+    optim: OptimConfig = OptimConfig(lr=2e-3, schedule="cosine", weight_decay=0.01)
     precision: Precision = "fp32"
     """Number format of forward and backward. So small a network gains little from another."""
     baselines: Literal["auto", "on", "off"] = "auto"

@@ -86,15 +86,15 @@ class TableNetworkConfig:
     architecture: Literal["mlp", "ft_transformer"] = "mlp"
     """`mlp`: residual blocks over all values at once. `ft_transformer`: each value a token, with attention among them
     (Gorishniy et al. 2021)."""
-    layers: Count = 3
+    layers: Count = 2
     """Blocks."""
-    hidden_size: Count = 256
+    hidden_size: Count = 128
     """Width of the blocks."""
     heads: Count | None = None
     """Attention heads, of `ft_transformer` (default 8)."""
     embedding_size: Count | None = None
-    """Width of what a number or category becomes before the blocks, of `mlp` (default 24)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Width of what a number or category becomes before the blocks, of `mlp` (default 16)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability within the blocks."""
 
 

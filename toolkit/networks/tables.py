@@ -42,13 +42,13 @@ class TableConfig(PreTrainedConfig):  # type: ignore[misc]
     numbers: int = 1
     category_sizes: list[int] | tuple[int, ...] = ()
     outputs: int = 1
-    hidden_size: int = 256
-    num_hidden_layers: int = 3
+    hidden_size: int = 128
+    num_hidden_layers: int = 2
     num_attention_heads: int = 8
-    embedding_size: int = 24
+    embedding_size: int = 16
     frequencies: int = 32
     frequency_scale: float = 0.1
-    dropout: float = 0.1
+    dropout: float = 0.0
 
 
 class TableMlpConfig(TableConfig):
@@ -95,7 +95,7 @@ def table_network(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.layers,
         num_attention_heads=heads,
-        embedding_size=config.embedding_size or 24,
+        embedding_size=config.embedding_size or 16,
         dropout=config.dropout,
     )
 

@@ -39,7 +39,23 @@ WRITER = Kind(
     options=frozenset({"tokens", "temperature", "plain"}),
     answerer="toolkit.predict.writer:WriterAnswers",
 )
-KINDS: tuple[Kind, ...] = (CLASSIFIER, WRITER)
+TABLE = Kind(
+    "a network of tables",
+    ("ForTables",),
+    reads="rows",
+    options=frozenset({"top"}),
+    tokenizer=False,
+    answerer="toolkit.predict.rows:TableAnswers",
+)
+NEXT_ITEM = Kind(
+    "a network that foresees the next item",
+    ("ForNextItem",),
+    reads="rows",
+    options=frozenset({"top"}),
+    tokenizer=False,
+    answerer="toolkit.predict.rows:NextItemAnswers",
+)
+KINDS: tuple[Kind, ...] = (CLASSIFIER, WRITER, TABLE, NEXT_ITEM)
 """All that are known."""
 
 
