@@ -85,7 +85,7 @@ def main(config: Config) -> None:
         for step in session.steps(train, validation):  # evaluates, saves, goes on after a kill, stops on a signal
             session.log(step, session.train_step(step))
         after = session.evaluate(test, "test") | scored()
-        session.beside({"lead sentence": rouge([*map(lead, data.test["given"])], data.test["wanted"])})
+        session.compare(after, {"lead sentence": rouge([*map(lead, data.test["given"])], data.test["wanted"])})
         session.finish(before=before, test=after, predict='"TEXT" --temperature 0')
 
 

@@ -99,7 +99,7 @@ def main(config: Config) -> None:
             session.log(step, session.train_step(step))
         after = session.evaluate(test, "test") | scored(show=config.generate.show)
         if config.generate.beams > 1:
-            session.beside({"greedy": scored(beams=1), f"{config.generate.beams} beams": after})
+            session.compare(after, {"greedy, not beams": scored(beams=1)})
         session.finish(before=before, test=after)
 
 

@@ -83,6 +83,7 @@ class Session:
     Args:
         recipe: its name, which names the folder of its runs.
         config: its settings; the sections of `RecipeConfig` are read here.
+        micro_batch: samples of the largest micro-batch, where the settings name none.
 
     Attributes:
         world: this rank among the others.
@@ -99,7 +100,7 @@ class Session:
     schedule: Schedule
     total_steps: int
 
-    def __init__(self, recipe: str, config: RecipeConfig) -> None:
+    def __init__(self, recipe: str, config: RecipeConfig, *, micro_batch: int = 32) -> None:
         self.recipe = recipe
         self.config = config
         self.world = world()
@@ -110,7 +111,10 @@ class Session:
         check_prompt(self._adapter, config.train)
         if self._adapter.name != "none" and config.checkpoint.max_shard_size != CheckpointConfig().max_shard_size:
             raise ConfigError("--checkpoint.max_shard_size has no effect on an adapter, which is one file", "Drop it.")
-        self.shape: BatchShape = batch_shape(config.train.global_batch, config.train.micro_batch, self.world.size)
+        train = config.train
+        self.shape: BatchShape = batch_shape(
+            train.global_batch, train.micro_batch, self.world.size, largest=micro_batch
+        )
         self.precision = choose_precision(config.precision, self.world)
         self.strategy = choose_strategy(
             config.strategy,
@@ -293,6 +297,20 @@ class Session:
         """Add facts to the report (labels, majority, data)."""
         self._journal.report |= facts
 
+    def compare(self, test: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> None:
+        """Show, and keep for the report, the figures of other models on the very test samples beside this one's."""
+        if not others:
+            return
+        self.describe(baselines=others)
+        models = [test, *others.values()]
+        rows = [
+            [figure.name, *("" if figure.key not in model else f"{model[figure.key]:,.4f}" for model in models)]
+            for figure in figures_in(*others.values())
+            if figure.better
+        ]
+        self.console.table("on the same held-out samples", ("", "this network", *others), rows)
+        self.console.note("")
+
     @property
     def steps_done(self) -> int:
         """Optimizer steps behind the weights as they are."""
@@ -343,14 +361,6 @@ class Session:
             given, text, wanted = (_shortened(part) for part in (one.source, one.text, one.target))
             self.console.note(f"{given}\n  → {text}\n  wanted: {wanted}")
         return self.world.on_main(lambda: {**score([one.text for one in texts], [one.target for one in texts])})
-
-    def beside(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """Show the figures of other ways to the same end, by their names, beside those of the test."""
-        self.describe(beside=rows)
-        found = list(figures_in(*rows.values()))
-        header = ["", *(figure.name for figure in found)]
-        cells = ([name, *(f"{row[f.key]:.4f}" if f.key in row else "" for f in found)] for name, row in rows.items())
-        self.console.table("beside it, on the same test", header, cells)
 
     def _on_batch(self, loader: Loader, title: str) -> Callable[[int], None]:
         """Between the batches of a pass over `loader`: progress, and a stop where a signal asks for it."""

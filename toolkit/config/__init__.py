@@ -33,6 +33,7 @@ from toolkit.config.sections import (
 )
 from toolkit.config.seq2seq import DecodeConfig, EncoderDecoderConfig, SummaryConfig, TextPairsConfig, TranslationConfig
 from toolkit.config.speech import SpeechConfig
+from toolkit.config.tables import EventsConfig, NextItemNetworkConfig, TableConfig, TableNetworkConfig
 
 __all__ = [
     "AdapterConfig",
@@ -43,10 +44,12 @@ __all__ = [
     "DecodeConfig",
     "DecoderConfig",
     "EncoderDecoderConfig",
+    "EventsConfig",
     "GenerateConfig",
     "ImageDataConfig",
     "ImageModelConfig",
     "ModelConfig",
+    "NextItemNetworkConfig",
     "Normalisation",
     "OptimConfig",
     "PairsConfig",
@@ -60,6 +63,8 @@ __all__ = [
     "SpeechConfig",
     "StrategyConfig",
     "SummaryConfig",
+    "TableConfig",
+    "TableNetworkConfig",
     "TagsConfig",
     "TextAugmentConfig",
     "TextDataConfig",

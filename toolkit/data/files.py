@@ -13,7 +13,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +202,7 @@ def _as_words(column: pa.ChunkedArray, feature: Any) -> pa.ChunkedArray:
 def _read_table(kind: Kind, file: Path, text: str, label: str | None, scratch: Path) -> Dataset:
     if kind in ("csv", "tsv"):
         delimiter = "," if kind == "csv" else "\t"
-        rows = _check_lines(file, delimiter, text, label)
+        rows = check_lines(file, delimiter, lambda header: check_columns(header, text, label, str(file)))
         table = _load(
             file,
             "csv",
@@ -239,15 +239,19 @@ def _empty(file: Path) -> DataError:
     return DataError(f"{file} has no rows", "Remove the file or fill it.")
 
 
-def _check_lines(file: Path, delimiter: str, text: str, label: str | None) -> int:
-    """The number of rows of a CSV file, each with as many fields as the header. Raises DataError otherwise."""
+def check_lines(file: Path, delimiter: str, check_header: Callable[[list[str]], None]) -> int:
+    """The number of rows of a CSV file, each with as many fields as the header, which `check_header` is given.
+
+    Raises:
+        DataError: it is empty, ragged or not UTF-8, or its quotes do not pair up.
+    """
     rows, begin = 0, 1
     try:
         with _fields_of_any_length(), open_file(file) as raw:
             stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = next(reader, [])
-            check_columns(header, text, label, str(file))
+            check_header(header)
             begin = reader.line_num + 1
             for fields in reader:
                 if fields and len(fields) != len(header):

@@ -19,6 +19,13 @@ NETWORKS: tuple[type[PreTrainedModel], ...] = (
     EfficientNetLiteForImageClassification,
     ImageCnnForImageClassification,
     ImageMlpForImageClassification,
+from toolkit.networks.next_item import GPT2ForNextItem
+from toolkit.networks.tables import FTTransformerForTables, MlpForTables
+
+NETWORKS: tuple[type[PreTrainedModel], ...] = (
+    FTTransformerForTables,
+    GPT2ForNextItem,
+    MlpForTables,
 )
 """All of them."""
 

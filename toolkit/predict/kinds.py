@@ -65,12 +65,30 @@ TRANSLATOR = Kind(
     options=frozenset({"tokens", "max_length"}),
     answerer="toolkit.predict.translator:Translator",
 )
+TABLE = Kind(
+    "a network of tables",
+    ("ForTables",),
+    reads="rows",
+    options=frozenset({"top"}),
+    tokenizer=False,
+    answerer="toolkit.predict.rows:TableAnswers",
+)
+NEXT_ITEM = Kind(
+    "a network that foresees the next item",
+    ("ForNextItem",),
+    reads="rows",
+    options=frozenset({"top"}),
+    tokenizer=False,
+    answerer="toolkit.predict.rows:NextItemAnswers",
+)
 KINDS: tuple[Kind, ...] = (
     CLASSIFIER,
     WRITER,
     TAGGER,
     READER,
     SCORER,
+    TABLE,
+    NEXT_ITEM,
     TRANSLATOR,  # behind all whose names end as its own do
 )
 """All that are known; of several that a name fits, the first counts."""

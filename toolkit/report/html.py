@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit.errors import CheckpointError
 from toolkit.report import plots
+from toolkit.report.answer_plots import answer_plots
 from toolkit.report.data_page import stage_cards
 from toolkit.report.elements import bullets, card, escaped, figure, grid, page, readable, section, table
 from toolkit.report.figures import figures_in, titled
@@ -129,11 +130,11 @@ def _test_cards(run: _Run) -> Iterable[str]:
         if run.report.get("majority") is not None:
             rows.insert(1, ("Majority label", run.report["majority"], run.report["majority"]))
         yield card(table("Before and after", ("", "before", "after"), rows, numbers=2))
-    if beside := run.part("beside"):
-        found = list(figures_in(*beside.values()))
-        others = [(name, *(row.get(figure.key) for figure in found)) for name, row in beside.items()]
-        header = ("", *(figure.name for figure in found))
-        yield card(table("Beside it, on the same test", header, others, numbers=len(found)))
+    if others := run.part("baselines"):
+        models = [test, *others.values()]
+        side = [(titled(found.name), *(model.get(found.key) for model in models)) for found in figures_in(*models[1:])]
+        yield card(table("On the same samples", ("", "this network", *others), side, numbers=len(models)))
+    yield from map(figure, answer_plots(test.get("answers") or {}))
     per_class = [
         (line.get("label"), *(line.get(key) for key in ("precision", "recall", "f1", "support")))
         for line in test.get("per_class") or []

