@@ -33,6 +33,7 @@ FLOORS = (
     "networks",
     "models",
     "decoders",
+    "encoders",
     "compute",
     "quantization",
     "prompts",

@@ -5,6 +5,7 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 `ConfigError` that names the key, in whichever of the two it stands.
 """
 
+from toolkit.config.contrast import ContrastConfig, TextPairsConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
 from toolkit.config.sections import (
     AdapterConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterConfig",
     "ChatConfig",
     "CheckpointConfig",
+    "ContrastConfig",
     "CorpusConfig",
     "DecoderConfig",
     "GenerateConfig",
@@ -46,6 +48,7 @@ __all__ = [
     "SourcesConfig",
     "StrategyConfig",
     "TextDataConfig",
+    "TextPairsConfig",
     "TokenizerConfig",
     "TrainConfig",
     "from_yaml",

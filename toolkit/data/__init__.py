@@ -10,6 +10,7 @@ from toolkit.data.examples import Examples, examples
 from toolkit.data.language import LanguageData, language
 from toolkit.data.text_classification import TextClassification, text_classification
 from toolkit.data.text_corpus import TextCorpus, text_corpus
+from toolkit.data.text_pairs import encoded_pairs, text_pairs
 
 __all__ = [
     "Examples",
@@ -21,11 +22,13 @@ __all__ = [
     "chat",
     "conversations",
     "decoder_tokenizer",
+    "encoded_pairs",
     "examples",
     "language",
     "preferences",
     "question",
     "text_classification",
     "text_corpus",
+    "text_pairs",
     "use_template",
 ]

@@ -2,7 +2,8 @@
 
 from toolkit.tasks.base import Batch, Task
 from toolkit.tasks.classification import Classification
+from toolkit.tasks.contrast import Contrast
 from toolkit.tasks.language_modeling import LanguageModeling
 from toolkit.tasks.preferences import REFERENCE_FREE, Preferences, Scores
 
-__all__ = ["REFERENCE_FREE", "Batch", "Classification", "LanguageModeling", "Preferences", "Scores", "Task"]
+__all__ = ["REFERENCE_FREE", "Batch", "Classification", "Contrast", "LanguageModeling", "Preferences", "Scores", "Task"]
