@@ -2,7 +2,7 @@
 
 $ accelerate launch recipes/embed.py
 $ accelerate launch recipes/embed.py --data.name pairs.jsonl --data.pair columns
-$ accelerate launch recipes/embed.py --data.name articles.jsonl --data.pair halves
+$ accelerate launch recipes/embed.py --data.name articles.jsonl --data.pair headline
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ from toolkit.prompts import check_prompt
 from toolkit.quantization import checksum, describe_quantization
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, redact, versions
+from toolkit.report.figures import figures_in
 from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun, refuse_other_data
 from toolkit.sharing import stop_offering
 from toolkit.signals import StopRequest
@@ -293,15 +294,27 @@ class Session:
         """
         self._finish_profile()  # which is of steps alone
         total = loader.forwards_of_one_pass
-
-        def on_batch(done: int) -> None:
-            self._watchdog.beat("evaluation", self._progress.step)
-            self.console.evaluation(title, done, total)
-            if done < total and self.world.sum(torch.tensor(bool(self._stop.reason))):
-                self._interrupt()
-
         self._watchdog.beat("evaluation", self._progress.step)
-        return evaluate(self.strategy, task or self._task, loader, on_batch)
+        return evaluate(self.strategy, task or self._task, loader, lambda done: self.progress(title, done, total))
+
+    def progress(self, title: str, done: int, total: int) -> None:
+        """Between two parts of long work beside the steps: show how far it is, and stop where a signal asks for it.
+
+        Raises:
+            Interrupted: on all ranks after the same part.
+        """
+        self._watchdog.beat("evaluation", self._progress.step)
+        self.console.evaluation(title, done, total)
+        if done < total and self.world.sum(torch.tensor(bool(self._stop.reason))):
+            self._interrupt()
+
+    def beside(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Show the figures of other ways to the same end, by their names, beside those of the test."""
+        self.describe(beside=rows)
+        found = list(figures_in(*rows.values()))
+        header = ["", *(figure.name for figure in found)]
+        cells = ([name, *(f"{row[f.key]:.4f}" if f.key in row else "" for f in found)] for name, row in rows.items())
+        self.console.table("beside it, on the same test", header, cells)
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the validation split is to be evaluated after this step."""

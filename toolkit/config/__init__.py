@@ -6,6 +6,7 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 """
 
 from toolkit.config.contrast import ContrastConfig, TextPairsConfig
+from toolkit.config.embeddings import MatrixConfig, VectorsConfig, VocabularyConfig, WordModelConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
 from toolkit.config.sections import (
     AdapterConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "CorpusConfig",
     "DecoderConfig",
     "GenerateConfig",
+    "MatrixConfig",
     "ModelConfig",
     "OptimConfig",
     "PairsConfig",
@@ -51,6 +53,9 @@ __all__ = [
     "TextPairsConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "VectorsConfig",
+    "VocabularyConfig",
+    "WordModelConfig",
     "from_yaml",
     "parse",
     "plain",

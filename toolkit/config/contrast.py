@@ -16,7 +16,7 @@ class TextPairsConfig(SourcesConfig):
 
     name: tuple[str, ...] = ("sample:bbc-news",)
     """One source or several: `sample:NAME`, a file, folder or glob (JSONL, JSON, CSV, TSV, Parquet), or a hub id."""
-    pair: Literal["columns", "headline", "halves"] = "headline"
+    pair: Literal["columns", "headline", "halves"] = "halves"
     """What a pair is: two `columns` of a row; or of one text its first line and the rest (`headline`), or what stands
     before and behind the end of the sentence nearest to its middle (`halves`)."""
     anchor: str = "anchor"
@@ -31,7 +31,7 @@ class TextPairsConfig(SourcesConfig):
     """Share held out for validation where no validation split is given."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share held out for the test where no test split is given."""
-    max_length: Annotated[int, Field(ge=3, strict=True)] = 128
+    max_length: Annotated[int, Field(ge=3, strict=True)] = 64
     """Longest text in tokens; the rest of it is cut off."""
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-NETWORKS: tuple[type[PreTrainedModel], ...] = ()
+from toolkit.networks.bag_of_words import BagOfWordsForSequenceClassification
+
+NETWORKS: tuple[type[PreTrainedModel], ...] = (BagOfWordsForSequenceClassification,)
 """All of them."""
 
 for _network in NETWORKS:

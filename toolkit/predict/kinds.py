@@ -39,7 +39,13 @@ WRITER = Kind(
     options=frozenset({"tokens", "temperature", "plain"}),
     answerer="toolkit.predict.writer:WriterAnswers",
 )
-KINDS: tuple[Kind, ...] = (CLASSIFIER, WRITER)
+ENCODER = Kind(
+    "an encoder, which gives the vectors of texts",
+    ("Model",),
+    options=frozenset({"max_length"}),
+    answerer="toolkit.predict.encoder:EncoderAnswers",
+)
+KINDS: tuple[Kind, ...] = (CLASSIFIER, WRITER, ENCODER)
 """All that are known."""
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from toolkit.report.figures import figures_in, titled
 
-_SECTIONS = ("model", "data", "preference", "strategy", "training")
+_SECTIONS = ("model", "data", "preference", "contrast", "strategy", "training")
 """Of the plan, those that a reader of the model asks for."""
 _VERSIONS = ("largemodel-toolkit", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,7 +30,7 @@ def model_card(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """
     settings = manifest["requested"]
     recipe, name = _recipe(manifest["command"]), settings["model"]["name"]
-    adapter = settings["adapter"]["name"]
+    adapter = settings.get("adapter", {"name": "none"})["name"]
     front: dict[str, Any] = {"library_name": "transformers" if adapter == "none" else "peft"}
     if name and _HUB_ID.fullmatch(name) and not Path(name).exists():
         front["base_model"] = name
