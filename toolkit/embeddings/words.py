@@ -108,7 +108,7 @@ def word_tokenizer(words: Mapping[str, int], lowercase: bool) -> Any:
 
 
 def words_in(text: str, lowercase: bool, characters: bool) -> Sequence[str]:
-    """What stands between spaces and punctuation, and the punctuation; with `characters`, each Chinese one by itself."""
+    """What stands between spaces and punctuation, and that itself; with `characters`, each Chinese one is a word."""
     normal = normalizer(lowercase).normalize_str(text)
     found = [word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(normal)]
     if not characters:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
-class BagOfWordsConfig(PreTrainedConfig):
+class BagOfWordsConfig(PreTrainedConfig):  # type: ignore[misc]
     """Its sizes.
 
     Args:
@@ -39,7 +39,7 @@ class BagOfWordsConfig(PreTrainedConfig):
         super().__init__(pad_token_id=pad_token_id, **more)
 
 
-class BagOfWordsForSequenceClassification(PreTrainedModel):
+class BagOfWordsForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
     """The mean over the vectors of a text's words, one hidden layer, and the classes."""
 
     config_class = BagOfWordsConfig

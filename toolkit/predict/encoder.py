@@ -50,7 +50,7 @@ class EncoderAnswers:
             raise ModelError(
                 f"the model in {saved.folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
             ) from error
-        self._pooling = getattr(model.config, "pooling", None)
+        self._pooling: Any = getattr(model.config, "pooling", None)
         if self._pooling not in ("mean", "cls"):
             raise ModelError(
                 f"{saved.folder}/config.json does not say how the vector of a text is made of those of its tokens",
