@@ -36,8 +36,8 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: TextPairsConfig = TextPairsConfig()
     contrast: ContrastConfig = ContrastConfig()
-    train: TrainConfig = TrainConfig(epochs=2, global_batch=64)
-    optim: OptimConfig = OptimConfig(lr=5e-5)
+    train: TrainConfig = TrainConfig(epochs=1, global_batch=64)
+    optim: OptimConfig = OptimConfig(lr=1e-4)
     precision: Precision = "auto"
     """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
     strategy: StrategyConfig = StrategyConfig()
