@@ -7,7 +7,7 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 
 from toolkit.config.annotations import SpansConfig, TagsConfig
 from toolkit.config.augment import TextAugmentConfig
-from toolkit.config.contrast import ContrastConfig, TextPairsConfig
+from toolkit.config.contrast import AnchorsConfig, ContrastConfig
 from toolkit.config.embeddings import MatrixConfig, VectorsConfig, VocabularyConfig, WordModelConfig
 from toolkit.config.images import AugmentConfig, ImageDataConfig, ImageModelConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
@@ -39,6 +39,7 @@ from toolkit.config.tables import EventsConfig, NextItemNetworkConfig, TableConf
 
 __all__ = [
     "AdapterConfig",
+    "AnchorsConfig",
     "AugmentConfig",
     "ChatConfig",
     "CheckpointConfig",
