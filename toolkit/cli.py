@@ -231,12 +231,12 @@ COMMANDS: dict[str, Command | Group] = {
     "checkpoint": Group(
         "list, verify, export, convert or remove the checkpoints of a run", "toolkit.checkpoint.commands"
     ),
+    "data": Group("clean and split data into files; show what a recipe makes of them", "toolkit.data_commands"),
     "doctor": _of_module(
         "find what would stop or slow a job, on this or several nodes",
         "toolkit.doctor.command",
         takes_more=True,
     ),
-    "data": Group("show what a recipe makes of its data", "toolkit.data_commands"),
     "gguf": _of_module("write a language model as one GGUF file for llama.cpp, and prove it", "toolkit.gguf.command"),
     "matrix": _of_module(
         "list which strategies, quantizations and adapters go together, and why not", "toolkit.matrix"

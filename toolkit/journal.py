@@ -8,10 +8,11 @@ from typing import Any
 from toolkit.config import RecipeConfig, plain
 from toolkit.progress import Progress
 from toolkit.report import Console, RunFolder, Trackers, model_card, write_html
+from toolkit.report.figures import FIGURES
 from toolkit.report.step_time import step_time_notes, step_time_rows
 from toolkit.world import World
 
-_SHOWN = ("loss", "accuracy", "perplexity", "bits_per_byte", "reward_margin", "reward_accuracy")
+_SHOWN = {"loss", *(figure.key for figure in FIGURES if figure.headline)}
 
 
 class Journal:
@@ -73,7 +74,7 @@ class Journal:
     def write_report(self) -> None:
         """Write report.json and report.html. For rank 0 alone."""
         self._folder.write_report(self.report)
-        write_html(self._folder.path)
+        write_html(self._folder)
 
     def write_card(self) -> None:
         """Write the README of the saved model. For rank 0 alone, after the report."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from toolkit.config import RecipeConfig, plain
+from toolkit.config import AdapterConfig, RecipeConfig, plain
 from toolkit.environment import cores_of_this_process
 from toolkit.optim import Schedule
 from toolkit.report import build_manifest
@@ -53,7 +53,7 @@ def _threads(world: World) -> dict[str, str]:
 
 
 def _ratio(config: RecipeConfig) -> str:
-    ratio = config.adapter.lr_ratio
+    ratio = getattr(config, "adapter", AdapterConfig()).lr_ratio
     return f"; {ratio:g} × that for second factors" if ratio else ""
 
 

@@ -278,12 +278,12 @@ SPOILT: dict[str, tuple[Callable[[Path], object], type[ToolkitError], str]] = {
     "language model": (
         lambda run: set_in(run / "model/config.json", architectures=["BertForMaskedLM"]),
         ModelError,
-        "is a BertForMaskedLM, neither a text classifier nor a language model",
+        "is a BertForMaskedLM, which this command does not know",
     ),
     "nameless": (
         lambda run: set_in(run / "model/config.json", architectures=None),
         ModelError,
-        "neither a text classifier nor a language model",
+        "which this command does not know",
     ),
     "regression": (
         lambda run: set_in(run / "model/config.json", problem_type="regression"),
@@ -478,6 +478,18 @@ def test_output_to_files(run: Path, classifier: Classifier, tmp_path: Path, caps
     assert list(lines[-1]["scores"]) == list(expected[-1].scores)
     # What was written can be read again as texts.
     assert list(read_texts(tmp_path / "out.csv")) == list(read_texts(tmp_path / "out.jsonl")) == texts
+
+
+def test_texts_are_brought_into_the_form_of_the_run(
+    copy: Path, classifier: Classifier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(data=TextDataConfig(max_length=MAX_LENGTH, normalise=("html", "simplified")))
+    (copy / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert main(["predict", str(copy), "<p>今天的電影很好看</p>", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (plain,) = classifier.predict(["今天的电影很好看"])
+    assert found["text"].strip() == "今天的电影很好看"
+    assert found["score"] == pytest.approx(plain.score, rel=1e-5)
 
 
 def test_standard_input(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from toolkit.adapters import adapter_of
 from toolkit.checkpoint.joined import load_weights, state_digest
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.folders import written_aside
+from toolkit.networks import architecture
 from toolkit.strategies.deepspeed_library import quiet
 
 __all__ = [
@@ -71,12 +72,13 @@ def write_base(model: PreTrainedModel, tokenizer: Any, base: Path) -> None:
 
     Args:
         model: plain, in fp32, as the run begins with it.
-        tokenizer: saved beside the configuration.
+        tokenizer: saved beside the configuration; None where there is none.
         base: written to by this process alone.
     """
     with written_aside(base) as aside, quiet_libraries():
         write_config(model, aside, torch.float32)
-        tokenizer.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
         if adapter := adapter_of(model):
             adapter.write(aside)
 
@@ -93,7 +95,7 @@ def write_model(
     Args:
         model: says how its weights are called and what its configuration is; its own weights are not read.
         weights: whole, by the plain model's names, in the memory of the CPU.
-        tokenizer: saved beside the model.
+        tokenizer: saved beside the model; None where there is none.
         target: written to by this process alone.
         max_shard_size: of a file of weights, as `5GB`.
     """
@@ -241,7 +243,8 @@ def write_files(
     model.save_pretrained(folder, state_dict=kept, max_shard_size=max_shard_size)
     # Once more: transformers has noted the type of the engine's copies, in which it would load these weights.
     write_config(model, folder, next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
@@ -336,10 +339,10 @@ def _architecture(base: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
         config = AutoConfig.from_pretrained(base, **_LOCAL)
     except Exception as error:  # each of the libraries below has its own
         raise _unreadable(base, "model", error) from error
-    kind = getattr(transformers, str(name), None)
+    kind = architecture(str(name))
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ModelError(
-            f"{base}/config.json names the architecture {name!r}, which is no model of transformers",
+            f"{base}/config.json names the architecture {name!r}, which is no model of transformers or of this toolkit",
             "A model with code of its own cannot be exported by this command.",
         )
     return config, kind

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.config import ChatConfig, CorpusConfig, PairsConfig
+from toolkit.config import ChatConfig, CorpusConfig, PairsConfig, TextDataConfig
+from toolkit.data.examples import Examples
 from toolkit.data.language import LanguageData
 from toolkit.data.text_classification import TextClassification
 
@@ -21,7 +22,7 @@ def plan_rows(data: TextClassification, max_length: int) -> dict[str, str]:
     return {
         "source": str(facts["source"]),
         "samples": ", ".join(f"{count:,} {name}" for name, count in sizes.items()),
-        "labels": f"{len(data.labels)}, the most frequent has {majority(data):.1%} of the test",
+        "labels": facts.get("about") or f"{len(data.labels)}, the most frequent has {majority(data):.1%} of the test",
         "dropped": ", ".join(f"{count:,} {name}" for name, count in dropped.items()) or "nothing",
         "length": f"at most {max_length} tokens, which cuts {truncated:.0%} of the training samples",
     }
@@ -38,6 +39,8 @@ def report_facts(data: TextClassification, max_length: int) -> dict[str, Any]:
         "lengths": _lengths(facts["token_lengths"]),
         "max_length": max_length,
         "truncated": facts["truncated"],
+        "stages": facts["stages"],
+        **({"constant": facts["constant"]} if "constant" in facts else {}),
         "warnings": facts["warnings"],
     }
 
@@ -71,6 +74,7 @@ def report_of_texts(data: LanguageData, max_length: int) -> dict[str, Any]:
         "lengths": _lengths(facts["token_lengths"]),
         "max_length": max_length,
         "truncated": facts["cut"],
+        "stages": facts["stages"],
         "warnings": facts["warnings"],
     }
 
@@ -109,6 +113,7 @@ def report_of_chats(data: LanguageData, max_length: int, name: str = "conversati
         "max_length": max_length,
         "truncated": facts["cut"],
         "endless": facts["endless"],
+        "stages": facts["stages"],
         "warnings": facts["warnings"],
     }
 
@@ -134,10 +139,58 @@ def report_of_pairs(data: LanguageData, max_length: int) -> dict[str, Any]:
     return report_of_chats(data, max_length, "pairs")
 
 
-def majority(data: TextClassification) -> float:
-    """Share of the test's most frequent label: the accuracy of a constant answer."""
+def plan_of_examples(data: Examples, max_length: int | None = None) -> dict[str, str]:
+    """Lines of the plan: sources, sizes, what was dropped, and what was cut off at so many tokens."""
+    facts = data.facts
+    rows = {
+        "sources": _sources(facts),
+        "samples": _counted(facts["samples"]),
+        "dropped": _told(facts["dropped"]),
+    }
+    if max_length is not None:
+        cut = facts["cut"]["train"]
+        rows["length"] = f"at most {max_length} tokens, which cuts {cut:.0%} of the training samples"
+    return rows
+
+
+def report_of_examples(data: Examples, max_length: int | None = None) -> dict[str, Any]:
+    """The data's part of report.json."""
+    facts = data.facts
+    lengths = (
+        {}
+        if max_length is None
+        else {
+            "lengths": _lengths(facts["token_lengths"]),
+            "max_length": max_length,
+            "truncated": facts["cut"],
+        }
+    )
+    return {
+        "source": ", ".join(facts["sources"]),
+        "fingerprint": data.fingerprint,
+        "samples": facts["samples"],
+        "passes": facts["passes"],
+        "dropped": facts["dropped"],
+        "languages": facts["languages"],
+        "stages": facts["stages"],
+        "warnings": facts["warnings"],
+        **lengths,
+    }
+
+
+def majority(data: TextClassification) -> float | None:
+    """Share of the test's most frequent label, the accuracy of a constant answer; None where it is not one of them."""
+    if "constant" in data.facts:
+        return None
     counts = data.facts["samples"]["test"].values()
     return float(max(counts) / sum(counts))
+
+
+def predict_example(config: TextDataConfig) -> str:
+    """What `toolkit predict` is to be given: a text, or a row with both of a pair."""
+    if config.text_pair is None:
+        return '"TEXT"'
+    return f'\'{{"{config.text}": "TEXT", "{config.text_pair}": "TEXT"}}\''
 
 
 def _sources(facts: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from toolkit.folders import file_written_aside
 from toolkit.gguf.architectures import ARCHITECTURES, architecture_of
 from toolkit.gguf.vocabulary import vocabulary_of
 from toolkit.gguf.writing import BOUNDS, Proof, Written, prove, size_of, write
+from toolkit.predict.kinds import WRITER
 from toolkit.predict.saved import find_model, first_line
 from toolkit.predict.writer import load_saved
 from toolkit.report import Console
@@ -56,8 +57,8 @@ def run(arguments: Namespace) -> int:
     run, target = arguments.run.expanduser(), arguments.target.expanduser()
     _check_target(target, overwrite=arguments.overwrite)
     saved = find_model(run)
-    if not saved.writes:
-        raise ModelError(f"{saved.folder} holds a classifier", "Name a run that trained a language model.")
+    if saved.kind is not WRITER:
+        raise ModelError(f"{saved.folder} holds {saved.kind.about}", "Name a run that trained a language model.")
     if (saved.folder / FILE).is_file():
         check_mergeable(saved.folder)
         raise ModelError(

@@ -6,18 +6,23 @@ import csv
 import json
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from toolkit import predict
 from toolkit.errors import ConfigError, DataError
+from toolkit.normalise import normalise_row
+from toolkit.predict.kinds import Kind, check_options, load_answerer
 from toolkit.predict.output import open_sink, progress_bar, shown
 from toolkit.predict.saved import SavedModel, find_model
-from toolkit.predict.texts import FILE_TYPES, checked, read_texts, text_lines
+from toolkit.predict.texts import FILE_TYPES, checked, read_rows, read_texts, text_lines
 from toolkit.report import Console
 from toolkit.requirements import check_versions
+
+_OF_SOME_KINDS = ("top", "max_length", "tokens", "temperature", "plain")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -31,14 +36,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="a text (behind -- if it begins with -); or - to read them from standard input, one a line",
     )
     parser.add_argument(
-        "--file", type=Path, help="texts to classify or go on with: " + ", ".join(FILE_TYPES) + " (.txt: one a line)"
+        "--file",
+        type=Path,
+        help="texts to classify, translate or go on with: " + ", ".join(FILE_TYPES) + " (.txt: one a line)",
     )
     parser.add_argument("--text", metavar="COLUMN", help="column of the texts in --file (default: text)")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line, with all probabilities")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to a .csv or .jsonl file")
     parser.add_argument("--top", type=_count, metavar="K", help="give the K most likely labels (default: 1; JSON: all)")
     parser.add_argument(
-        "--tokens", type=_count, metavar="N", help="a language model adds N tokens at most (default: 100)"
+        "--tokens", type=_count, metavar="N", help="write N tokens at most (a language model: 100; else as in the run)"
     )
     parser.add_argument(
         "--temperature",
@@ -70,11 +77,15 @@ def run(arguments: Namespace) -> int:
     _check_options(arguments)
     saved = find_model(Path(arguments.run))
     check_versions()
-    _check_kind(arguments, saved.writes)
-    texts, total = _texts_of(arguments)
+    options = {name: getattr(arguments, name) for name in _OF_SOME_KINDS}
+    options = {name: value for name, value in options.items() if value is not None and value is not False}
+    check_options(saved.kind, options)
+    inputs, total = _inputs_of(arguments, saved.kind)
+    if saved.normalise:
+        inputs = (normalise_row(one, saved.normalise) for one in inputs)
     _silence_libraries()
-    if saved.writes:
-        return _go_on(arguments, saved, texts)
+    if saved.kind.answerer:
+        return _answer(arguments, saved, inputs, options)
     # Through the package, which imports torch at this name and not before.
     classifier = predict.Classifier(saved, device=arguments.device, max_length=arguments.max_length)
     if (arguments.top or 1) > len(classifier.labels):
@@ -89,7 +100,7 @@ def run(arguments: Namespace) -> int:
     try:
         with results as sink, progress_bar(total) as bar:
             advance = partial(bar.advance, bar.task_ids[0])
-            for window in classifier.stream(texts, batch=arguments.batch, on_batch=advance):
+            for window in classifier.stream(inputs, batch=arguments.batch, on_batch=advance):
                 done += len(window)
                 bar.stop()
                 sink.write(window)
@@ -104,29 +115,26 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def _go_on(arguments: Namespace, saved: SavedModel, texts: Iterable[str]) -> int:
-    """Let a language model write behind each text."""
-    writer = predict.Writer(saved, device=arguments.device, plain=arguments.plain)
-    found_as, between = ("answer", "\n") if writer.answers else ("continuation", "")
-    tokens, temperature = arguments.tokens or 100, arguments.temperature
-    windows = writer.stream(
-        texts, batch=arguments.batch, tokens=tokens, temperature=0.7 if temperature is None else temperature
-    )
+def _answer(arguments: Namespace, saved: SavedModel, inputs: Iterable[Any], options: Mapping[str, Any]) -> int:
+    """Let a model of any other kind answer, a line or a row for each input."""
+    answerer = load_answerer(saved.kind, saved, device=arguments.device, **options)
     output: Path | None = arguments.output
+    done = 0
     try:
         with output.open("w", encoding="utf-8", newline="") if output else nullcontext(sys.stdout) as out:
             table = csv.writer(out, lineterminator="\n")
-            if as_table := output is not None and output.suffix.lower() == ".csv":
-                table.writerow(["text", found_as])
-            for window in windows:
-                for found in window:
+            as_table = output is not None and output.suffix.lower() == ".csv"
+            for window in answerer.stream(inputs, batch=arguments.batch):
+                for answer in window:
+                    if as_table and not done:
+                        table.writerow(answer.fields)
                     if as_table:
-                        table.writerow([found.text, found.continuation])
+                        table.writerow(map(_cell, answer.fields.values()))
                     elif output or arguments.json:
-                        line = {"text": found.text, found_as: found.continuation}
-                        print(json.dumps(line, ensure_ascii=False), file=out)
+                        print(json.dumps(answer.fields, ensure_ascii=False), file=out)
                     else:
-                        print(shown(found.text + between + found.continuation), end="\n\n", file=out)
+                        print(shown(answer.shown), end="\n\n", file=out)
+                    done += 1
                 out.flush()
     except OSError as error:
         if output is None or isinstance(error, BrokenPipeError):
@@ -134,16 +142,15 @@ def _go_on(arguments: Namespace, saved: SavedModel, texts: Iterable[str]) -> int
         raise DataError(
             f"--output {output} cannot be written: {error.strerror}", "Check its folder and the free space."
         ) from error
+    except KeyboardInterrupt:
+        print(f"{done:,} were answered", file=sys.stderr)
+        raise
     return 0
 
 
-def _check_kind(arguments: Namespace, writes: bool) -> None:
-    """Refuse options of the other kind of model."""
-    others = ("top", "max_length") if writes else ("tokens", "temperature", "plain")
-    for name in others:
-        if getattr(arguments, name) not in (None, False):
-            kind = "a language model, which goes on with texts" if writes else "a classifier"
-            raise ConfigError(f"--{name.replace('_', '-')} has no effect on {kind}", "Drop it.")
+def _cell(value: Any) -> Any:
+    """What is no word or number, as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 def _check_options(arguments: Namespace) -> None:
@@ -169,13 +176,43 @@ def _check_options(arguments: Namespace) -> None:
         raise ConfigError(f"--output {output} would write over the texts", "Name another file.")
 
 
+def _inputs_of(arguments: Namespace, kind: Kind) -> tuple[Iterable[Any], int | None]:
+    """What the model is to answer to, and how much there is where that is known.
+
+    A file is read twice: a fault in its last line is told before the model is loaded.
+    """
+    if kind.reads == "texts":
+        return _texts_of(arguments)
+    if arguments.text is not None:
+        raise ConfigError(f"--text has no effect on {kind.about}", "Drop it.")
+    if kind.reads == "files":
+        files = [Path(name) for name in arguments.texts] or [Path(name) for name in read_texts(arguments.file)]
+        for file in files:
+            if not file.is_file():
+                raise DataError(f"there is no file {file}", f"Relative names are looked for in {Path.cwd()}.")
+        return files, len(files)
+    if arguments.file:
+        if arguments.file.suffix.lower() == ".txt":
+            raise ConfigError(f"--file {arguments.file} has no columns", "Give a .csv, .tsv or .jsonl file.")
+        return read_rows(arguments.file), sum(1 for _ in read_rows(arguments.file))
+    rows = [_row(text) for text in arguments.texts]
+    return rows, len(rows)
+
+
+def _row(text: str) -> dict[str, Any]:
+    with suppress(ValueError):
+        if isinstance(row := json.loads(text), dict):
+            return row
+    raise DataError(f"{text[:60]!r} is no JSON object", 'This model reads rows: \'{"column": "value", …}\', or --file.')
+
+
 def _texts_of(arguments: Namespace) -> tuple[Iterable[str], int | None]:
     """The texts, and how many there are where that is known.
 
     A file is read twice: a fault in its last line is told before the model is loaded.
     """
     if arguments.file:
-        column = "text" if arguments.text is None else arguments.text
+        column = arguments.text or "text"
         total = sum(1 for _ in read_texts(arguments.file, column))
         if not total:
             raise DataError(f"{arguments.file} has no text", "Fill it.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from toolkit.errors import DataError, nearest
 
@@ -25,6 +25,45 @@ def read_texts(file: Path, column: str = "text") -> Iterator[str]:
     Raises:
         DataError: the file cannot be read, is malformed or not UTF-8, lacks the column, or has an empty text.
     """
+    for where, row in _rows(file, column):
+        value = row[column]
+        if not isinstance(value, str | None):
+            raise DataError(
+                f"{where}: '{column}' is {json.dumps(value)[:40]}, not a text",
+                f'Each line is one object: {{"{column}": "…"}}.',
+            )
+        yield checked(value or "", where)
+
+
+def read_rows(file: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a table with a header (.csv, .tsv) or of JSON objects (.jsonl), one after the other.
+
+    Raises:
+        DataError: the file cannot be read, is malformed or not UTF-8.
+    """
+    return (row for _, row in _rows(file, None))
+
+
+def of_row(row: Mapping[str, Any], columns: Sequence[str], number: int) -> list[str]:
+    """The texts in some columns of a row, none of them empty; `number` is what errors call it by.
+
+    Raises:
+        DataError: it lacks one of them.
+    """
+    texts = []
+    for column in columns:
+        if not isinstance(row.get(column), str):
+            there = ", ".join(f"'{name}'" for name in row)
+            raise DataError(
+                f"row {number} has no text in a column '{column}'; it has {there or 'none'}.{nearest(column, row)}",
+                f"This model reads rows with the columns {' and '.join(columns)}.",
+            )
+        texts.append(checked(row[column], f"row {number}, column '{column}'"))
+    return texts
+
+
+def _rows(file: Path, column: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each row behind where it is; a line of a .txt file is one with this column, which all others must have."""
     suffix = file.suffix.lower()
     if not file.is_file():
         beside = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
@@ -33,8 +72,8 @@ def read_texts(file: Path, column: str = "text") -> Iterator[str]:
         )
     try:
         with file.open("rb") as stream:
-            if suffix == ".txt":
-                yield from text_lines(stream, str(file))
+            if suffix == ".txt" and column:
+                yield from ((str(file), {column: text}) for text in text_lines(stream, str(file)))
             elif suffix == ".jsonl":
                 yield from _json_lines(stream, str(file), column)
             else:
@@ -55,35 +94,35 @@ def text_lines(stream: BinaryIO, name: str) -> Iterator[str]:
         yield checked(line.rstrip("\r\n"), f"{name}, line {number}")
 
 
-def _json_lines(stream: BinaryIO, name: str, column: str) -> Iterator[str]:
+def _json_lines(stream: BinaryIO, name: str, column: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, line in _lines(stream, name):
         if not line.strip():
             continue
         where = f"{name}, line {number}"
-        example = f'Each line is one object: {{"{column}": "…"}}.'
+        example = f'Each line is one object: {{"{column or "name"}": "…"}}.'
         try:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f"{where}: not JSON ({error})", example) from error
         if not isinstance(row, dict):
             raise DataError(f"{where}: a {type(row).__name__}, not an object", example)
-        if column not in row:
+        if column is not None and column not in row:
             raise _no_column(where, column, list(row))
-        if not isinstance(row[column], str | None):
-            raise DataError(f"{where}: '{column}' is {json.dumps(row[column])[:40]}, not a text", example)
-        yield checked(row[column] or "", where)
+        yield where, row
 
 
-def _table_lines(stream: BinaryIO, name: str, column: str, delimiter: str) -> Iterator[str]:
+def _table_lines(
+    stream: BinaryIO, name: str, column: str | None, delimiter: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     reader = csv.reader((line for _, line in _lines(stream, name)), delimiter=delimiter, strict=True)
     limit, begin = csv.field_size_limit(sys.maxsize), 1
     try:
         header = next(reader, None)
         if header is None:
             return
-        if column not in header:
+        if column is not None and column not in header:
             raise _no_column(name, column, header)
-        at, begin = header.index(column), reader.line_num + 1
+        begin = reader.line_num + 1
         for fields in reader:
             where = f"{name}, line {begin}"
             if fields and len(fields) != len(header):
@@ -92,7 +131,7 @@ def _table_lines(stream: BinaryIO, name: str, column: str, delimiter: str) -> It
                     "Put quotes around a field that holds the delimiter or a line break.",
                 )
             if fields:
-                yield checked(fields[at], where)
+                yield where, dict(zip(header, fields, strict=True))
             begin = reader.line_num + 1
     except csv.Error as error:
         raise DataError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ import transformers
 
 from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.data import answer_end, question
+from toolkit.data.text_pairs import source_tokens
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.generation import beginning
+from toolkit.predict.kinds import Answer
 from toolkit.predict.saved import SavedModel, first_line
+
+_FALLBACK_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,10 @@ class Writer:
         if plain and not chat:
             raise ConfigError("--plain has no effect on a model without a chat template", "Drop it.")
         self.answers = chat and not plain
-        self._encode = question if self.answers else beginning
+        self._encode: Callable[[str, Any], list[int]] = question if self.answers else beginning
+        asked = saved.data.get("instruction")
+        if self.answers and asked is not None:  # a chat model that was taught to do one thing with each text
+            self._encode = partial(source_tokens, room=saved.max_length or _FALLBACK_LENGTH, asked=asked)
         self._ends = {self._tokenizer.eos_token_id, *([answer_end(self._tokenizer)] if self.answers else [])}
         self._model.to("cuda" if gpu and device != "cpu" else "cpu").eval()
 
@@ -131,3 +139,39 @@ class Writer:
             )
         added = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
         return [Written(text, continuation) for text, continuation in zip(texts, added, strict=True)]
+
+
+class WriterAnswers:
+    """A saved language model as `toolkit predict` asks it.
+
+    Args:
+        saved: from `find_model`.
+        device: as for `Writer`.
+        tokens: that it adds to a text, at most (default 100).
+        temperature: of what it draws; 0 takes the likeliest (default 0.7).
+        plain: let a chat model go on with the text, instead of answering it.
+    """
+
+    def __init__(
+        self,
+        saved: SavedModel,
+        *,
+        device: str = "auto",
+        tokens: int = 100,
+        temperature: float = 0.7,
+        plain: bool = False,
+    ) -> None:
+        self._writer = Writer(saved, device=device, plain=plain)
+        self._options: dict[str, Any] = {"tokens": tokens, "temperature": temperature}
+        self._name, self._between = ("answer", "\n") if self._writer.answers else ("continuation", "")
+
+    def stream(self, inputs: Iterable[str], *, batch: int) -> Iterator[list[Answer]]:
+        """What the model writes behind each text."""
+        for window in self._writer.stream(inputs, batch=batch, **self._options):
+            yield [
+                Answer(
+                    found.text + self._between + found.continuation,
+                    {"text": found.text, self._name: found.continuation},
+                )
+                for found in window
+            ]

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from toolkit.report.html import FIGURES
+from toolkit.report.figures import figures_in, titled
 
-_SECTIONS = ("model", "data", "preference", "strategy", "training")
+_SECTIONS = ("model", "data", "preference", "contrast", "strategy", "training")
 """Of the plan, those that a reader of the model asks for."""
 _VERSIONS = ("largemodel-toolkit", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,8 +29,9 @@ def model_card(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         manifest: manifest.json of it.
     """
     settings = manifest["requested"]
-    recipe, name = _recipe(manifest["command"]), settings["model"]["name"]
-    adapter = settings["adapter"]["name"]
+    # Not every recipe starts from a model that has a name, or has layers to adapt.
+    recipe, name = _recipe(manifest["command"]), settings.get("model", {}).get("name")
+    adapter = settings.get("adapter", {}).get("name", "none")
     front: dict[str, Any] = {"library_name": "transformers" if adapter == "none" else "peft"}
     if name and _HUB_ID.fullmatch(name) and not Path(name).exists():
         front["base_model"] = name
@@ -63,9 +64,8 @@ def _commit(manifest: Mapping[str, Any]) -> str:
 
 def _figures(report: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
     before, after = report.get("before") or {}, report.get("test") or {}
-    for name, key in FIGURES:
-        if key in after:
-            yield name, _number(before.get(key)), _number(after[key])
+    for key, name in ((figure.key, titled(figure.name)) for figure in figures_in(after)):
+        yield name, _number(before.get(key)), _number(after[key])
 
 
 def _rows(plan: Mapping[str, Mapping[str, str]]) -> Iterable[tuple[str, str, str]]:

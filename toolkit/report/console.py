@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from toolkit.errors import ToolkitError
+from toolkit.report.figures import figures_in
 
 PLAIN_WIDTH = 100
 SECONDS_BETWEEN_LINES = 10.0
@@ -32,18 +33,6 @@ _LABELS_SHOWN = 20
 _ERROR_LINES = 24
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_SUMMARY_ROWS = (
-    ("accuracy", "accuracy", True),
-    ("macro precision", "macro_precision", True),
-    ("macro recall", "macro_recall", True),
-    ("macro F1", "macro_f1", True),
-    ("perplexity", "perplexity", False),
-    ("bits per byte", "bits_per_byte", False),
-    ("reward margin", "reward_margin", True),
-    ("reward accuracy", "reward_accuracy", True),
-    ("likelier answer", "likelier", True),
-    ("loss", "loss", False),
-)
 
 
 class ProgressReport(Protocol):
@@ -225,9 +214,10 @@ class Console:
         table.add_column("")
         for heading in ("before", "after", "change"):
             table.add_column(heading, justify="right")
-        for name, key, higher_is_better in _SUMMARY_ROWS:
-            if key in before or key in after:
-                table.add_row(name, *_change(before.get(key), after.get(key), higher_is_better))
+        for figure in figures_in(before, after):
+            if figure.better:
+                change = _change(before.get(figure.key), after.get(figure.key), figure.better == "higher")
+                table.add_row(figure.name, *change)
         if majority is not None:
             table.add_row("majority label", "", Text(f"{majority:.4f}", style="dim"), "")
         self._out.print(table)

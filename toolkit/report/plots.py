@@ -7,6 +7,7 @@ the plots; text stays text, so that the reader's own fonts show what matplotlib'
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import unicodedata
@@ -24,6 +25,8 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from toolkit.report.figures import FIGURES
+
 COLORS = {
     "--ink": ("#1b2330", "#e6e9ef"),
     "--muted": ("#5d6776", "#9aa4b2"),
@@ -39,6 +42,7 @@ COLORS = {
 ANNOTATED_CLASSES = 20
 SHOWN_CLASSES = 60
 SHOWN_LABELS = 25
+_MARKS = "osd^v"
 _POINTS = 1500
 _LABEL_CELLS = 22
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -172,25 +176,20 @@ def loss_scale_plot(metrics: Sequence[Mapping[str, Any]]) -> Plot | None:
 
 def evaluation_plot(evaluations: Sequence[Mapping[str, Any]], majority: float | None) -> Plot | None:
     """Shares of what is right in the evaluations, against the share of the most frequent label."""
-    curves = [
-        ("accuracy", "accuracy", "o"),
-        ("macro F1", "macro_f1", "s"),
-        ("reward accuracy", "reward_accuracy", "o"),
-        ("preferred answer likelier", "likelier", "s"),
-    ]
-    found = [(name, *_series(evaluations, key), shape) for name, key, shape in curves]
+    shares = [figure for figure in FIGURES if figure.share]
+    found = [(figure.name, *_series(evaluations, figure.key)) for figure in shares]
     found = [curve for curve in found if len(curve[1])]
     if not found:
         return None
     figure, axes = _figure()
-    for name, steps, values, shape in found:
+    for (name, steps, values), shape in zip(found, itertools.cycle(_MARKS), strict=False):
         axes.plot(steps, values, _marks(shape, steps), label=name)
     if majority is not None:
         axes.axhline(majority, color=_MUTED, linestyle="--", linewidth=1, label="majority label")
     _steps_axis(axes)
     axes.yaxis.set_major_formatter(_percent())
     axes.legend()
-    last = ", ".join(f"{name} {values[-1]:.4f}" for name, _, values, _ in found)
+    last = ", ".join(f"{name} {values[-1]:.4f}" for name, _, values in found)
     text = f"Figures of {len(found[0][1])} evaluations on the validation split; the last: {last}."
     return Plot("Validation", text, figure)
 
@@ -260,9 +259,13 @@ def label_plot(counts: Mapping[str, Mapping[str, int]]) -> Plot | None:
 
 
 def length_plot(
-    lengths: Mapping[str, Mapping[str, Sequence[float]]], max_length: int | None, truncated: Mapping[str, float]
+    lengths: Mapping[str, Mapping[str, Sequence[float]]],
+    max_length: int | None,
+    truncated: Mapping[str, float],
+    *,
+    unit: str = "tokens",
 ) -> Plot | None:
-    """Histogram of the lengths in tokens of every split, where they are cut, and how many are."""
+    """Histogram of the lengths, in tokens or another unit, of every split, where they are cut, and how many are."""
     found = {
         split: (np.asarray(histogram.get("edges", []), float), np.asarray(histogram.get("counts", []), float))
         for split, histogram in lengths.items()
@@ -276,12 +279,12 @@ def length_plot(
         axes.stairs(counts / counts.sum(), edges, color=color, linewidth=1.5, label=shorten(split))
     if max_length:
         axes.axvline(max_length, color=_INK, linestyle="--", linewidth=1, label=f"max_length {max_length:,}")
-    axes.set_xlabel("tokens")
+    axes.set_xlabel(unit)
     axes.yaxis.set_major_formatter(_percent())
     axes.legend()
-    text = "Share of the samples by length in tokens, for every split."
+    text = f"Share of the samples by length in {unit}, for every split."
     cut = ", ".join(f"{100 * share:.1f} % of {split}" for split, share in truncated.items() if share is not None)
-    text += f" Cut at {max_length:,} tokens: {cut}." if max_length and cut else ""
+    text += f" Cut at {max_length:,} {unit}: {cut}." if max_length and cut else ""
     return Plot("Lengths", text, figure)
 
 

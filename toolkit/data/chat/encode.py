@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from toolkit.data.chat.messages import Message, Unfit
+from toolkit.data.chat.messages import Message
+from toolkit.data.rows import Unfit
 from toolkit.errors import ConfigError
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from toolkit.data.rows import Unfit
+
 Message = dict[str, str]
 """`role` (system, user, assistant or tool) and `content`."""
 Layout = Literal["auto", "messages", "sharegpt", "alpaca"]
@@ -26,10 +28,6 @@ _NEXT = {
     "tool": ("assistant", "tool"),
 }
 """Which roles may follow which; the first may begin."""
-
-
-class Unfit(Exception):
-    """Why a row is no conversation to learn from, as the end of a sentence."""
 
 
 def messages_of(row: Mapping[str, Any], layout: Layout) -> list[Message]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from toolkit.config import PairsConfig
 from toolkit.data.chat.encode import Encoded, encode
-from toolkit.data.chat.messages import Message, Unfit, messages_of
+from toolkit.data.chat.messages import Message, messages_of
 from toolkit.data.chat.prepare import TOO_LONG, row_of, sequences
-from toolkit.data.chat.rows import gather_rows, words_of, write
+from toolkit.data.chat.rows import words_of
 from toolkit.data.language import LanguageData
+from toolkit.data.rows import Unfit, gather_rows, write
 from toolkit.data.text_corpus import TextCorpus
 
 _WHAT = ("pairs of answers", "give their columns the names prompt, chosen and rejected")

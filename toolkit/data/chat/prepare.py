@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
 from toolkit.config import ChatConfig, PairsConfig
 from toolkit.data.chat.encode import Encoded, encode
-from toolkit.data.chat.messages import Unfit
 from toolkit.data.chat.rows import messages_in
+from toolkit.data.examples import encode_rows, fit_rows
 from toolkit.data.files import ROLES, Role
 from toolkit.data.language import LanguageData
-from toolkit.data.mapping import map_texts, quiet
+from toolkit.data.mapping import quiet
 from toolkit.data.mixture import check_weights, count_sources, mixed
 from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.stored import load_splits, save_splits
@@ -37,14 +37,13 @@ FEATURES = Features(
         "pieces": ListOf(Value("int32")),
         "length": Value("int32"),
         "bytes": Value("int64"),
-        "source": Value("int32"),
         "cut": Value("bool"),
         "endless": Value("bool"),
-        "fault": Value("string"),
     }
 )
 
-EncodeOne = Callable[[str, Any], list[dict[str, Any]]]
+EncodeOne = Callable[..., list[dict[str, Any]]]
+"""Makes rows of a text and, by its name, the `tokenizer`."""
 
 
 def chat(config: ChatConfig, corpus: TextCorpus, tokenizer: Any) -> LanguageData:
@@ -75,7 +74,7 @@ def sequences(
         config: how they are mixed.
         corpus: canonical texts.
         tokenizer: with a chat template.
-        encode_one: makes rows of `FEATURES`, but for `source`, of a text and the tokenizer; picklable.
+        encode_one: makes rows of `FEATURES`, and maybe a `fault`, of a text and the `tokenizer`; picklable.
         settings: what it goes by, fit for JSON.
     """
     check_weights(config)
@@ -108,11 +107,10 @@ def _prepare(
     splits: dict[Role, Dataset] = {}
     faults: Counter[str] = Counter()
     for name in ROLES:
-        encode_some = functools.partial(_encode_some, encode_one=encode_one, tokenizer=tokenizer)
-        rows = _encoded(config, corpus.splits[name], encode_some, name, scratch)
-        columns = rows.select_columns(["cut", "endless", "fault"]).with_format("arrow")[:]
-        faults.update(columns.column("fault").drop_null().to_pylist())
-        kept = rows.select(np.flatnonzero(columns.column("fault").is_null().to_numpy()))
+        encode = functools.partial(encode_one, tokenizer=tokenizer)
+        title = f"Tokenizing {name}"
+        rows = encode_rows(config, corpus.splits[name], encode, FEATURES, scratch=scratch, title=title)
+        kept, columns = fit_rows(rows, faults), rows.select_columns(["cut", "endless"]).with_format("arrow")[:]
         _check(name, len(kept), faults, config)
         lengths, trained = np.asarray(kept["length"]), kept.with_format("arrow")[:].column("trained")
         facts.setdefault("sequences", {})[name] = len(kept)
@@ -150,34 +148,6 @@ def _told(faults: Counter[str]) -> dict[str, Any]:
     by_length = {reason: faults[reason] for reason in (TOO_LONG, OUT_OF_REACH)}
     others = faults.total() - sum(by_length.values())
     return {"left_out": by_length | {"refused by the template": others}, "warnings": warnings}
-
-
-def _encoded(config: ChatConfig | PairsConfig, texts: Dataset, encode_some: Any, name: Role, scratch: Path) -> Dataset:
-    """All conversations of a split, the unfit ones too, those of each source together."""
-    sources = np.asarray(texts["source"])
-    tables = []
-    for source in np.unique(sources):
-        tables.append(
-            map_texts(
-                texts.select(np.flatnonzero(sources == source)).select_columns("text"),
-                functools.partial(encode_some, source=int(source)),
-                FEATURES,
-                processes=config.tokenize_processes,
-                scratch=scratch,
-                title=f"Tokenizing {name} {source + 1}",
-            )
-        )
-    return concatenate_datasets(tables)
-
-
-def _encode_some(texts: list[str], *, encode_one: EncodeOne, tokenizer: Any, source: int) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    for text in texts:
-        try:
-            rows += encode_one(text, tokenizer)
-        except Unfit as reason:
-            rows.append(row_of([], tokenizer, fault=str(reason)))
-    return {name: [source if name == "source" else row[name] for row in rows] for name in FEATURES}
 
 
 def encode_chat(text: str, tokenizer: Any, *, learn: Any, room: int, too_long: str) -> list[dict[str, Any]]:

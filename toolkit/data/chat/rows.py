@@ -1,36 +1,18 @@
-"""Rows of conversations, from wherever they lie, as canonical texts: the JSON of their messages.
-
-So all that is done to texts (repeats, leaks, splits by hash) is done to conversations too.
-"""
+"""Rows of conversations, from wherever they lie, as canonical texts: the JSON of their messages."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
-from datasets import Dataset, Features, Value
+from toolkit.config import ChatConfig
+from toolkit.data.chat.messages import Layout, Message, messages_of
+from toolkit.data.rows import gather_rows, write
+from toolkit.data.text_corpus import TextCorpus
 
-from toolkit.config import ChatConfig, SourcesConfig
-from toolkit.data.chat.messages import Layout, Message, Unfit, messages_of
-from toolkit.data.files import Part, Role, open_file
-from toolkit.data.hub import hub_splits
-from toolkit.data.mapping import quiet
-from toolkit.data.text_corpus import Place, Rows, TextCorpus, gather
-from toolkit.errors import DataError, ToolkitError
-
-_BYTES_FOR_A_BAR = 100_000_000
-_FEATURES = Features({"text": Value("string"), "fault": Value("string"), "where": Value("string")})
 _WHAT = ("conversations", "say how they are laid out with --data.layout")
-Canonical = Callable[[Mapping[str, Any]], str]
-What = tuple[str, str]
-"""What rows are to be, in the plural, and how to let them be that."""
 
 
 def conversations(config: ChatConfig) -> TextCorpus:
@@ -44,33 +26,6 @@ def conversations(config: ChatConfig) -> TextCorpus:
     """
     canonical = partial(_conversation, layout=config.layout)
     return gather_rows(config, canonical, _WHAT, {"kind": "chat", "layout": config.layout}, said)
-
-
-def gather_rows(
-    config: SourcesConfig, canonical: Canonical, what: What, settings: Mapping[str, Any], words: Callable[[str], str]
-) -> TextCorpus:
-    """The same for rows that `canonical` makes texts of.
-
-    Args:
-        config: where they are, and how they are split.
-        canonical: the text of a row, or `Unfit`.
-        what: the rows are to be.
-        settings: what `canonical` goes by, fit for JSON.
-        words: what a text says; picklable.
-    """
-    read = partial(_read, canonical=canonical, what=what, most=config.max_bad_rows)
-    corpus = gather(config, read, settings, words=words)
-    if corpus.facts["dropped"]["malformed"] > config.max_bad_rows:  # of all sources, or by the bound of an earlier run
-        raise DataError(
-            f"rows are no {what[0]} to learn from: {' '.join(corpus.facts['warnings'])}",
-            f"Mend them, {what[1]}, or raise --data.max_bad_rows.",
-        )
-    return corpus
-
-
-def write(value: Any) -> str:
-    """As a canonical text."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _conversation(row: Mapping[str, Any], layout: Layout) -> str:
@@ -90,83 +45,3 @@ def said(text: str) -> str:
 def words_of(messages: Iterable[Message]) -> str:
     """Of all but the system."""
     return "\n\n".join(message["content"] for message in messages if message["role"] != "system")
-
-
-def _read(place: Place, role: Role, scratch: Path, canonical: Canonical, what: What, most: int) -> Iterator[Rows]:
-    if isinstance(place, Part):
-        if place.kind == "text":
-            raise DataError(
-                f"{place.files[0].parent.parent} holds plain texts, not {what[0]}",
-                "Give JSONL, JSON, Parquet, CSV or TSV.",
-            )
-        sources = [(str(file), partial(_rows, file, place.kind), file.stat().st_size) for file in place.files]
-    else:
-        splits = hub_splits(place)
-        rows = splits.get(role, splits["train"])
-        sources = [(place.name, partial(iter, rows), rows.nbytes)]
-    for name, rows_of, size in sources:
-        yield _checked(
-            name, partial(_texts, name, rows_of, canonical, what, most), scratch, bar=size >= _BYTES_FOR_A_BAR
-        )
-
-
-def _checked(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
-    """The fit rows of a source, on the disk, and the faults of the others."""
-    try:
-        with quiet(bars=bar):
-            folder = scratch / f"rows-{len(list(scratch.iterdir()))}"
-            table = Dataset.from_generator(generate, features=_FEATURES, cache_dir=str(folder), fingerprint="rows")
-    except Exception as error:  # `datasets` wraps what the generator raises
-        cause = error if isinstance(error, ToolkitError) else error.__cause__ or error
-        if isinstance(cause, ToolkitError):
-            raise cause from error
-        raise DataError(f"{name} cannot be read: {cause}", "Check that its content is what its name says.") from error
-    columns = table.select_columns(["fault", "where"]).with_format("arrow")[:]
-    kept = pa.compute.is_null(columns.column("fault")).to_numpy().nonzero()[0]
-    unfit = columns.filter(pa.compute.is_valid(columns.column("fault"))).to_pydict()
-    faults = tuple(zip(unfit["where"], unfit["fault"], strict=True))
-    return Rows(table.select(kept).select_columns(["text"]), faults)
-
-
-def _texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int) -> Iterator[dict[str, Any]]:
-    unfit: list[str] = []
-    for number, row in enumerate(rows_of(), start=1):
-        where = f"row {number} of {name}"
-        try:
-            if isinstance(row, Unfit):
-                raise row
-            yield {"text": canonical(row), "fault": None, "where": None}
-        except Unfit as reason:
-            unfit.append(f"{where}, because {reason}")
-            if len(unfit) > most:
-                raise DataError(
-                    f"more than {most} rows of {name} are no {what[0]} to learn from, as {'; '.join(unfit[:5])}",
-                    f"Mend them, {what[1]}, or raise --data.max_bad_rows.",
-                ) from None
-            yield {"text": None, "fault": str(reason), "where": where}
-
-
-def _rows(file: Path, kind: str) -> Iterator[Mapping[str, Any] | Unfit]:
-    """The rows of a file; in the place of one that cannot be read, why."""
-    if kind == "parquet":
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
-            yield from batch.to_pylist()
-        return
-    with open_file(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as lines:
-        if kind in ("csv", "tsv"):
-            yield from csv.DictReader(lines, delimiter="," if kind == "csv" else "\t")
-        elif kind == "json":
-            yield from map(_object, json.load(lines))
-        else:
-            yield from (_json_line(line) for line in lines if line.strip())
-
-
-def _json_line(line: str) -> Mapping[str, Any] | Unfit:
-    try:
-        return _object(json.loads(line))
-    except json.JSONDecodeError:
-        return Unfit("they are not JSON")
-
-
-def _object(row: Any) -> Mapping[str, Any] | Unfit:
-    return row if isinstance(row, dict) else Unfit("they are no objects with columns")
