@@ -20,6 +20,7 @@ from pathlib import Path
 
 from launch import run
 from launch.accelerate_config import STRATEGIES, Start, render
+from launch.errors import UserError
 from launch.processes import Parent
 
 DOCTORS_GRACE = 1.0
@@ -28,7 +29,11 @@ PORT = 29500
 
 
 def main(argv: Sequence[str]) -> int:
-    """Start a recipe on this machine; the exit code is that of `launch run`, or 2 after a mistake of the user."""
+    """Start a recipe on this machine; the exit code is that of `launch run`.
+
+    Raises:
+        UserError: what cannot start.
+    """
     parser = ArgumentParser(
         prog="python -m launch local",
         usage="%(prog)s RECIPE [--processes P] [--cpu] [--strategy S] [--restarts N] [--dry-run] -- OPTIONS",
@@ -58,8 +63,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         start = start_of(asked)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return run.USER_ERROR
+        raise UserError(str(error)) from error
     if asked.obey:
         threading.Thread(target=_obey, daemon=True).start()
     else:

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from launch.errors import UserError
 from launch.local import PORT, add_arguments, divide
 from launch.processes import MARGIN, SAME_WISH, SIGNALS, TICK
 from launch.run import CRASHED, RESUMABLE, USER_ERROR
@@ -40,7 +41,11 @@ UNREACHED = 255
 
 
 def main(argv: Sequence[str]) -> int:
-    """Start a recipe on several machines; the exit code is the job's, as of `launch run`."""
+    """Start a recipe on several machines; the exit code is the job's, as of `launch run`.
+
+    Raises:
+        UserError: what cannot start.
+    """
     parser = ArgumentParser(
         prog="python -m launch ssh",
         usage="%(prog)s HOSTS RECIPE [--processes P] [--cpu] [--strategy S] [--restarts N] [--dry-run] -- OPTIONS",
@@ -57,12 +62,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--skip-doctor", action="store_true", help="start without looking at the machines first")
     own, options = divide(argv)
     asked = parser.parse_args(own)
-    try:
-        hosts = read_hosts(asked.hosts)
-        _check(asked, hosts)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    hosts = read_hosts(asked.hosts)
+    _check(asked, hosts)
     commands = {host: _command(asked, hosts, rank, options) for rank, host in enumerate(hosts)}
     if asked.dry_run:
         for command in commands.values():
@@ -76,33 +77,33 @@ def read_hosts(file: Path) -> list[str]:
     """The hosts that a file names, in its order; what stands behind # is not for us.
 
     Raises:
-        ValueError: it cannot be read, is empty, names a host twice, or something that is none.
+        UserError: it cannot be read, is empty, names a host twice, or something that is none.
     """
     try:
         lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from error
     hosts = [line for line in lines if line]
     for host in hosts:
         if not re.fullmatch(r"([\w.-]+@)?\w[\w.-]*", host):  # nothing that ssh would take for an option
-            raise ValueError(f"{file}: {host!r} is no host; write HOST or USER@HOST, and the rest into ~/.ssh/config")
+            raise UserError(f"{file}: {host!r} is no host; write HOST or USER@HOST, and the rest into ~/.ssh/config")
     if not hosts:
-        raise ValueError(f"{file} names no host")
+        raise UserError(f"{file} names no host")
     twice = sorted({host for host in hosts if hosts.count(host) > 1})
     if twice:
-        raise ValueError(f"{file} names {twice[0]} twice: --processes says how many ranks a host has")
+        raise UserError(f"{file} names {twice[0]} twice: --processes says how many ranks a host has")
     return hosts
 
 
 def _check(asked: Namespace, hosts: Sequence[str]) -> None:
     if not Path(asked.directory, asked.recipe).is_file() and Path(asked.directory) == Path.cwd():
-        raise ValueError(f"there is no recipe {asked.recipe}")
+        raise UserError(f"there is no recipe {asked.recipe}")
     if asked.processes is None or asked.processes < 1:
-        raise ValueError("how many ranks is a host to have? Say --processes P")
+        raise UserError("how many ranks is a host to have? Say --processes P")
     if asked.restarts < 0 or asked.grace <= 0:
-        raise ValueError("--restarts is at least 0, and --grace more than 0")
+        raise UserError("--restarts is at least 0, and --grace more than 0")
     if len(hosts) * asked.processes == 1 and asked.strategy != "ddp":
-        raise ValueError(f"{asked.strategy} needs at least two processes")
+        raise UserError(f"{asked.strategy} needs at least two processes")
 
 
 def _attempts(crew: Crew, commands: Mapping[str, Sequence[str]], restarts: int) -> int:
