@@ -49,9 +49,7 @@ _TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?|(?:(?:(\d+):)?(\d+):(\
 def main(argv: Sequence[str]) -> int:
     """Submit a job, or print its script."""
     dashes = list(argv).index("--") if "--" in argv else len(argv)
-    parser = _parser()
-    set_defaults(parser, {_dashed(a): a for a in parser._actions if _dashed(a) not in (*NOT_FOR_SITES, "help", "")})
-    options = parser.parse_args(argv[:dashes])
+    options = parse(argv[:dashes])
     job = _job(options, list(argv[dashes + 1 :]), shlex.join(["python", "-m", "launch", "slurm", *argv]))
     text = render(job)
     if options.dry_run:
@@ -62,6 +60,18 @@ def main(argv: Sequence[str]) -> int:
     number = _submit(job, text)
     print(_told(job, number))
     return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, over those of the site's files.
+
+    Raises:
+        UserError: a site's file is wrong.
+        SystemExit: after `--help`, or after an error that is told, with 2.
+    """
+    parser = _parser()
+    set_defaults(parser, {_dashed(a): a for a in parser._actions if _dashed(a) not in (*NOT_FOR_SITES, "help", "")})
+    return parser.parse_args(argv)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from tests.slurm.cluster import Cluster
 from toolkit.checkpoint.attempts import Attempts
 from toolkit.checkpoint.store import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 60
 BOUND = 1e-5
@@ -56,7 +56,7 @@ class Job:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def until(self, fact: Callable[[], object], seconds: float = 100) -> None:
+    def until(self, fact: Callable[[], object], seconds: float = 150) -> None:
         deadline = time.monotonic() + seconds
         while not fact():
             assert time.monotonic() < deadline, f"{self.state}\n{self.output}"
@@ -69,7 +69,7 @@ class Job:
     def state(self) -> str:
         return self.cluster.state(self.id)
 
-    def finish(self, seconds: float = 150) -> None:
+    def finish(self, seconds: float = 240) -> None:
         """Wait for its end, which must be that of the run."""
         self.until(lambda: self.state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), seconds)
         assert self.state == "COMPLETED", self.output
