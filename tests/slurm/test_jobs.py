@@ -165,6 +165,15 @@ def test_queued_again_in_the_middle_of_a_save(submit: Submit, job: list[str], re
     near_one_process(one.run, reference(options, 1))
 
 
+def test_the_time_limit(limited: Job) -> None:
+    """It was asked to save in time, and went on. Here it is stopped, for it has many steps to take."""
+    limited.until(lambda: len(limited.ends()) > 1, 300)
+    first, second = Attempts(limited.run).read()[:2]
+    assert (first.status, first.ended_at) == ("interrupted", second.from_step)
+    assert "stopped and saved: queued again" in limited.output
+    limited.launch("stop", str(limited.run))
+
+
 def test_a_node_dies(submit: Submit, job: list[str], reference: Reference) -> None:
     one = submit([*TWO_BY_TWO, "--strategy", "zero3", "--sbatch=--exclude=node3"], job)
     one.until_step(15)
@@ -212,15 +221,6 @@ def test_an_array_of_seeds(submit: Submit, job: list[str], reference: Reference)
     runs.until(lambda: "running" not in runs.launch("status", str(runs.run)), 30)
     assert runs.launch("status", str(runs.run)).count(": completed") == 3
     assert "stop  " not in runs.launch("stop", str(runs.run))
-
-
-def test_the_time_limit(limited: Job) -> None:
-    """It was asked to save in time, and went on; here it is stopped, for it has many steps to take."""
-    limited.until(lambda: limited.ends()[:1] == ["interrupted"] and len(limited.ends()) == 2, 200)
-    first, second = Attempts(limited.run).read()
-    assert first.ended_at == second.from_step
-    assert "stopped and saved: queued again" in limited.output
-    limited.launch("stop", str(limited.run))
 
 
 # What SLURM, or the job itself, refuses
