@@ -263,7 +263,7 @@ def _check_recipe(job: JobScript) -> None:
         raise UserError(f"{job.recipe[0]} does not take these options (see above)", "Mend them. Nothing was submitted.")
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        print(f"launch: the options of {job.recipe[0]} could not be checked here ({why})", file=sys.stderr)
+        print(f"launch: {job.python} could not check the options of {job.recipe[0]} here: {why}", file=sys.stderr)
 
 
 def _submit(job: JobScript, text: str) -> str:

@@ -129,8 +129,11 @@ granted=${SLURM_GPUS_ON_NODE:-0}
 [ "$granted" = "$per_node" ] || fail "$per_node GPUs on each node were asked for, and $granted are there\""""
 
 _PREFLIGHT = """
-"${everywhere[@]}" "${python[@]}" -m toolkit.cli doctor --nodes "$SLURM_NNODES" --rank @node \\
-    --rendezvous "$address:$((port + 1))" -- "${recipe[@]}" || exit 2"""
+
+# Look at the nodes, and at whether they reach each other, before the ranks start.
+doctor=(doctor --nodes "$SLURM_NNODES")
+[ "$SLURM_NNODES" = 1 ] || doctor+=(--rank @node --rendezvous "$address:$((port + 1))" --port "$port")
+"${everywhere[@]}" "${python[@]}" -m toolkit.cli "${doctor[@]}" -- "${recipe[@]}" || exit 2"""
 
 
 def _directives(job: JobScript) -> Iterable[str]:

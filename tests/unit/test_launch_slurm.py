@@ -111,7 +111,7 @@ def test_what_differs(launch: Call, tmp_path: Path) -> None:
 
     assert "ACCELERATE_USE_CPU=true" in script(VARIANTS["cpu"])
     assert "doctor" not in script(VARIANTS["cpu"])
-    assert "toolkit.cli doctor" in script(SIZE)
+    assert '-m toolkit.cli "${doctor[@]}" -- "${recipe[@]}" || exit 2' in script(SIZE)
     array = script(VARIANTS["array"])
     assert f'run={tmp_path}/runs/sft/001/"$SLURM_ARRAY_TASK_ID"' in array
     assert 'recipe+=(--run.seed "$SLURM_ARRAY_TASK_ID")' in array
@@ -185,7 +185,7 @@ def test_the_recipe_has_its_say(launch: Call, tmp_path: Path, monkeypatch: pytes
     (tmp_path / RECIPE).write_text(script.format(1))
     with_sbatch(tmp_path, "echo 41", monkeypatch)
     code, _, err = launch(f"{RECIPE} {SIZE} --python {sys.executable}")
-    assert (code, "could not be checked here (no such key)" in err) == (0, True)
+    assert (code, "could not check the options of recipes/sft.py here: no such key" in err) == (0, True)
 
 
 def with_sbatch(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
