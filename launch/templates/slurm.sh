@@ -60,8 +60,6 @@ if [ -z "$asked" ]; then
     [ -z "$asked" ] || [ "$code" -le 128 ] || code=75  # killed in the end: it goes on from the checkpoint before
     rm -f "$saved"
 fi
-# Ranks also crash where one of another node is gone. SLURM queues the job again once it notices that the node is dead.
-case $code in 0 | 2 | 75) ;; *) timeout 60 srun true || code=75 ;; esac
 
 # Stopped and able to go on: back into the queue, unless `launch stop` asked for it, or SLURM has started this job anew
 # meanwhile because it had lost sight of this node.

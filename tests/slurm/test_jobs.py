@@ -101,9 +101,9 @@ def submit(cluster: Cluster, tmp_path: Path) -> Iterator[Submit]:
 @pytest.fixture(scope="module")
 def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, texts_csv: Path, tiny_model: Path) -> Job:
     """A job whose time is over while the other tests run, so that nobody waits for it."""
-    options = ["--time", "2", "--signal-lead", "60", "--name", "limited", "--sbatch=--exclude=node[2-3]"]
+    options = ["--time", "3", "--signal-lead", "60", "--name", "limited", "--sbatch=--exclude=node[2-3]"]
     recipe = ["--model.name", str(tiny_model), "--model.init", "random", "--data.name", str(texts_csv)]
-    recipe += ["--train.global_batch", "12", "--train.steps", "700", "--precision", "fp32", "--run.eval_every", "350"]
+    recipe += ["--train.global_batch", "12", "--train.steps", "1500", "--precision", "fp32", "--run.eval_every", "500"]
     return Job(cluster, tmp_path_factory.mktemp("limited") / "run", options, recipe)
 
 
@@ -165,15 +165,6 @@ def test_queued_again_in_the_middle_of_a_save(submit: Submit, job: list[str], re
     near_one_process(one.run, reference(options, 1))
 
 
-def test_the_time_limit(limited: Job) -> None:
-    """It was asked to save in time, and went on. Here it is stopped, for it has many steps to take."""
-    limited.until(lambda: len(limited.ends()) > 1, 300)
-    first, second = Attempts(limited.run).read()[:2]
-    assert (first.status, first.ended_at) == ("interrupted", second.from_step)
-    assert "stopped and saved: queued again" in limited.output
-    limited.launch("stop", str(limited.run))
-
-
 def test_a_node_dies(submit: Submit, job: list[str], reference: Reference) -> None:
     one = submit([*TWO_BY_TWO, "--strategy", "zero3", "--sbatch=--exclude=node3"], job)
     one.until_step(15)
@@ -221,6 +212,15 @@ def test_an_array_of_seeds(submit: Submit, job: list[str], reference: Reference)
     runs.until(lambda: "running" not in runs.launch("status", str(runs.run)), 30)
     assert runs.launch("status", str(runs.run)).count(": completed") == 3
     assert "stop  " not in runs.launch("stop", str(runs.run))
+
+
+def test_the_time_limit(limited: Job) -> None:
+    """It was asked to save in time, and went on. Here it is stopped, for it has many steps to take."""
+    limited.until(lambda: len(limited.ends()) > 1, 400)
+    first, second = Attempts(limited.run).read()[:2]
+    assert (first.status, first.ended_at) == ("interrupted", second.from_step)
+    assert "stopped and saved: queued again" in limited.output
+    limited.launch("stop", str(limited.run))
 
 
 # What SLURM, or the job itself, refuses
