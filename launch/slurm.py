@@ -165,6 +165,11 @@ def _check_size(options: argparse.Namespace) -> int:
     for name, value in (("--nodes", options.nodes), ("--gpus or --processes", size)):
         if value < 1:
             raise UserError(f"{name} {value}: at least 1 is needed", "Ask for one or more.")
+    if options.strategy == "hybrid" and (options.nodes < 2 or size < 2):
+        raise UserError(
+            "--strategy hybrid holds a copy of the model on each of several nodes, shared by its processes",
+            "Ask for two nodes or more with two processes or more each, or say --strategy fsdp.",
+        )
     if options.requeues < 0 or options.cpus < 0:
         raise UserError("--requeues and --cpus-per-task are not negative", "Drop the sign.")
     return int(size)

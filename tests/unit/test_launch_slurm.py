@@ -146,6 +146,7 @@ def test_the_next_number_and_names(launch: Call, tmp_path: Path) -> None:
         (f"{RECIPE} --gpus 8 --time 90 --signal-lead 10", "", "--signal-lead 10 is too short to save in"),
         (f"{RECIPE} {SIZE} --cpu", "", "--cpu and --gpus contradict each other"),
         (f"{RECIPE} {SIZE} --processes 2", "", "--processes is for --cpu"),
+        (f"{RECIPE} --gpus 8 --time 90 --strategy hybrid", "", "--strategy hybrid holds a copy of the model on each"),
         (f"{RECIPE} --gpus 0 --time 90", "", "--gpus or --processes 0: at least 1 is needed"),
         (f"{RECIPE} --nodes 0 --gpus 1 --time 90", "", "--nodes 0: at least 1 is needed"),
         (f"{RECIPE} {SIZE} --dependency afterok:1;id", "", "'1;id' is not the number of a job"),
