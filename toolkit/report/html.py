@@ -20,6 +20,7 @@ from toolkit.errors import CheckpointError
 from toolkit.report import plots
 from toolkit.report.figures import figures_in, titled
 from toolkit.report.folder import RunFolder
+from toolkit.report.gallery import CSS, gallery
 from toolkit.report.plots import COLORS, Plot, clean
 from toolkit.report.step_time import step_time_bar, step_time_rows
 
@@ -111,13 +112,13 @@ def _page(run: _Run, body: str) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{_text(run.name)} · training report</title>
 <style>
 :root{{color-scheme:light dark;{light}}}
-@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{_CSS}</style>
+@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{_CSS}{CSS}</style>
 </head>
 <body>
 <main>
@@ -196,6 +197,8 @@ def _test_cards(run: _Run) -> Iterable[str]:
     confusion = plots.confusion_plot(test.get("confusion") or [], run.part("labels") or [])
     if confusion:
         yield _figure(confusion)
+    if pictures := gallery(run.part("mistakes") or []):
+        yield _card(pictures, "card whole")
 
 
 def _training_plots(run: _Run) -> Iterable[Plot]:

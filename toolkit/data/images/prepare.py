@@ -221,9 +221,7 @@ def _look(table: Dataset, config: ImageDataConfig, wanted: ImageProcessor, scrat
     return {"fault": columns.column("fault").to_pylist(), **found}
 
 
-def _look_at(
-    images: list[bytes], faults: list[str | None], *, min_side: int, wanted: ImageProcessor
-) -> dict[str, Any]:
+def _look_at(images: list[bytes], faults: list[str | None], *, min_side: int, wanted: ImageProcessor) -> dict[str, Any]:
     rows = [_look_at_one(image, fault, min_side, wanted) for image, fault in zip(images, faults, strict=True)]
     columns = {name: [row[name] for row in rows] for name in _SEEN}
     # As an array: a list of numbers would be taken for signed ones.
