@@ -61,7 +61,7 @@ def test_the_same_numbers_on_one_process_and_on_two(job: list[str], tmp_path: Pa
 
 def test_launched_with_networks_of_every_kind(job: list[str], tmp_path: Path) -> None:
     """EfficientNet, with frozen statistics of its norms, under the launcher; the others in processes that are there."""
-    options = [*job[:2], *job[10:], "--train.global_batch", "16", "--train.steps", "3", "--optim.lr", "1e-3"]
+    options = [*job[:2], *job[9:], "--train.global_batch", "16", "--train.steps", "3", "--optim.lr", "1e-3"]
     pretrained = [*options, "--model.name", "sample:efficientnet-lite0", "--model.image_size", "32"]
     pretrained += ["--model.dropout", "0"]
     done = launch([*pretrained, "--strategy.name", "fsdp"], config="cpu2", cwd=tmp_path, name="image_cls")

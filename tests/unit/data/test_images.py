@@ -192,7 +192,7 @@ def test_the_second_call_loads_what_the_first_has_made(rows: list[tuple[bytes, s
     folder = write_folder(tmp_path / "folder", rows)
     first, second = prepare(folder), prepare(folder)
     assert first.fingerprint == second.fingerprint
-    assert len(list((tmp_path / "cache" / "data").glob("[0-9a-f]*"))) == 1
+    assert len(list((tmp_path / "cache" / "data").glob("[0-9a-f]*"))) == 2  # the splits, and their statistics
     (folder / "0" / "0000.png").write_bytes(digits(21)[20][0])
     assert prepare(folder).fingerprint != first.fingerprint
 
