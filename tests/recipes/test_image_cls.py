@@ -15,6 +15,7 @@ from tests.images import digits, png, write_folder
 from tests.ranks import on_ranks
 from tests.recipes.launching import launch, recipe
 from toolkit.cli import main as toolkit
+from toolkit.networks import ImageCnnForImageClassification
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,7 @@ def test_what_is_left_behind(
         assert mistake["label"] == Path(mistake["where"]).parent.name != mistake["predicted"]
 
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "model").eval()
+    assert isinstance(model, ImageCnnForImageClassification)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "run" / "model")
     monkeypatch.chdir(tmp_path)
     Image.open(folder / "0" / "0000.png").convert("RGBA").save("zero.webp", lossless=True)

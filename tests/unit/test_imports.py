@@ -38,6 +38,7 @@ FLOORS = (
     "prompts",
     "adapters",
     "data",
+    "image_models",
     "tasks",
     "probe",
     "optim",

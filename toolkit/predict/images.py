@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from toolkit.data.images import ImageProcessor, open_image, read_processor
 from toolkit.data.images.processor import FILE
 from toolkit.data.rows import Unfit
 from toolkit.errors import ConfigError, DataError, ModelError, NumericsError
 from toolkit.folders import refuse_strays
+from toolkit.networks import architecture
 from toolkit.predict.kinds import Answer
 from toolkit.predict.saved import SavedModel, first_line
 
@@ -93,7 +93,8 @@ def _load(folder: Path) -> tuple[ImageProcessor, Any]:
     try:
         refuse_strays(folder)
         processor = read_processor(json.loads(file.read_text(encoding="utf-8")), str(file))
-        model, report = transformers.AutoModelForImageClassification.from_pretrained(
+        kind = architecture(json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0])
+        model, report = kind.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
