@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from tests.images import digits, png, write_folder
 from tests.ranks import on_ranks
 from tests.recipes.launching import launch, recipe
 from toolkit.cli import main as toolkit
+from toolkit.data.images import load_processor
 from toolkit.networks import ImageCnnForImageClassification
 
 
@@ -126,6 +129,13 @@ def test_what_is_left_behind(
         assert answer["label_2"] != answer["label"]
     right = sum(answer["label"] == "1" for answer in answers[:40]) / 40
     assert right > 0.7
+
+    assert toolkit(["checkpoint", "export", "run", "exported"]) == 0
+    exported, written = (load_file(tmp_path / f / "model.safetensors") for f in ("exported", "run/model"))
+    assert exported.keys() == written.keys()
+    assert all(torch.equal(exported[name], written[name]) for name in written)
+    assert load_processor(tmp_path / "exported") == load_processor(tmp_path / "run" / "model")
+    capsys.readouterr()
 
     (tmp_path / "broken.png").write_bytes(png(Image.new("L", (20, 20)))[:40])
     assert toolkit(["predict", "run", "broken.png"]) == 2

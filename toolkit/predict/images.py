@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from toolkit.data.images import ImageProcessor, open_image, read_processor
-from toolkit.data.images.processor import FILE
+from toolkit.data.images import ImageProcessor, load_processor, open_image
 from toolkit.data.rows import Unfit
 from toolkit.errors import ConfigError, DataError, ModelError, NumericsError
 from toolkit.folders import refuse_strays
@@ -89,10 +88,9 @@ class ImageAnswers:
 
 def _load(folder: Path) -> tuple[ImageProcessor, Any]:
     """Processor and model in `folder`: never from a hub, never with its own code, never a pickle."""
-    file = folder / FILE
     try:
         refuse_strays(folder)
-        processor = read_processor(json.loads(file.read_text(encoding="utf-8")), str(file))
+        processor = load_processor(folder)
         kind = architecture(json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0])
         model, report = kind.from_pretrained(
             folder,

@@ -96,8 +96,8 @@ def image_classification(config: ImageDataConfig, wanted: ImageProcessor) -> Ima
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_CONTENT}
     name = fingerprint("images", _REVISION, digest_images(source), settings)
     splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, source))
-    if len(facts["faults"]) > config.max_bad_rows:  # by the bound of an earlier run
-        raise _too_many(facts["faults"], config.max_bad_rows)
+    if facts["unfit_dropped"] > config.max_bad_rows:  # by the bound of an earlier run
+        raise _too_many(facts["faults"], facts["unfit_dropped"], config.max_bad_rows)
     processor = dataclasses.replace(wanted, channels=wanted.channels or facts["channels"])
     if not processor.mean:
         processor = _measured(processor, splits["train"], name, config.decode_processes)
@@ -149,7 +149,7 @@ def _prepare(config: ImageDataConfig, source: Source, result: Path, scratch: Pat
     seen = _look(table, config, scratch)
     fit, faults = _fit(table, seen, config)
     table = table.select(fit)
-    columns = {name: np.asarray(column)[fit] for name, column in seen.items() if name not in ("fault", "labels")}
+    columns = {name: np.asarray(column)[fit] for name, column in seen.items() if name != "fault"}
     roles = np.asarray(table["role"], np.int8)
     given = [ROLES[role] for role in np.unique(roles)]
     cleaned = _clean(table, roles, columns, config)
@@ -169,10 +169,10 @@ def _prepare(config: ImageDataConfig, source: Source, result: Path, scratch: Pat
         codes = cleaned.codes[rows].astype(np.int64)
         counts = np.bincount(codes, minlength=len(cleaned.labels))
         facts["samples"][name] = dict(zip(cleaned.labels, counts.tolist(), strict=True))
-        kept = table.select(rows).select_columns(["image", "where"])
-        for column, values in (("label", codes), ("length", np.ones_like(codes)), ("id", np.arange(len(rows)))):
-            kept = kept.add_column(column, values)
-        splits[name] = kept
+        splits[name] = table.select(rows).select_columns(["image", "where"])
+        with quiet(bars=False):
+            for column, values in (("label", codes), ("length", np.ones_like(codes)), ("id", np.arange(len(rows)))):
+                splits[name] = splits[name].add_column(column, values)
         if name == "train":
             grey = bool(columns["grey"][rows].all()) if config.channels == "auto" else config.channels == "grey"
             facts["channels"] = 1 if grey else 3
@@ -266,13 +266,17 @@ def _fit(table: Dataset, seen: Mapping[str, Any], config: ImageDataConfig) -> tu
     places = table.select(unfit)["where"] if unfit else []
     faults = [f"{where}, because {seen['fault'][row]}" for where, row in zip(places, unfit, strict=True)]
     if len(faults) > config.max_bad_rows or len(faults) == len(table):
-        raise _too_many(faults, config.max_bad_rows) if faults else DataError("there is no image", "Give some.")
+        raise (
+            _too_many(faults, len(faults), config.max_bad_rows)
+            if faults
+            else DataError("there is no image", "Give some.")
+        )
     return np.setdiff1d(np.arange(len(table)), np.array(unfit, np.int64)), faults
 
 
-def _too_many(faults: list[str], most: int) -> DataError:
+def _too_many(faults: list[str], count: int, most: int) -> DataError:
     return DataError(
-        f"{len(faults):,} images cannot be learnt from, as {'; '.join(faults[:5])}",
+        f"{count:,} images cannot be learnt from, as {'; '.join(faults[:5])}",
         f"Mend or remove them, or raise --data.max_bad_rows above {most}.",
     )
 
