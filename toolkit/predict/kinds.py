@@ -39,7 +39,13 @@ WRITER = Kind(
     options=frozenset({"tokens", "temperature", "plain"}),
     answerer="toolkit.predict.writer:WriterAnswers",
 )
-KINDS: tuple[Kind, ...] = (CLASSIFIER, WRITER)
+SPEECH = Kind(
+    "a model of speech, which writes what is said in files",
+    ("WhisperForConditionalGeneration",),
+    reads="files",
+    answerer="toolkit.predict.speech:SpeechAnswers",
+)
+KINDS: tuple[Kind, ...] = (SPEECH, CLASSIFIER, WRITER)
 """All that are known."""
 
 
