@@ -68,7 +68,8 @@ class World:
             except (dist.DistError, RuntimeError, ValueError) as error:
                 raise LaunchError(
                     f"rank {self.rank} of {self.size} could not meet the others at {Ranks.read().master}: {error}",
-                    "Check that every node reaches that address and that all ranks were started.",
+                    "Check that every node reaches that address and that all ranks were started; "
+                    "`toolkit doctor --nodes N --rank R --rendezvous HOST:PORT` on each of them finds what is wrong.",
                 ) from error
         elif Ranks.read().master:
             self.form_group()  # before accelerate, which would form one that cannot carry host data
@@ -153,7 +154,8 @@ class World:
         if differing:
             raise LaunchError(
                 f"{what} differs between rank 0 and ranks {differing}",
-                "Start every rank with the same code, settings, data and weights.",
+                "Start every rank with the same code, settings, data and weights; `toolkit doctor` on all nodes tells "
+                "what differs.",
             )
 
 

@@ -209,7 +209,7 @@ def load_tokenizer(base: Path) -> Any:
 
 
 def probe_batch(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """A small batch, always the same, that a model of texts or speech of this configuration answers: (2, 12) and a mask.
+    """A small batch, always the same, that a model of this configuration answers: (2, 12) tokens and a mask, or sound.
 
     Raises:
         CheckpointError: the model reads no text.

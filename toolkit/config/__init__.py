@@ -5,6 +5,9 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 `ConfigError` that names the key, in whichever of the two it stands.
 """
 
+from toolkit.config.annotations import SpansConfig, TagsConfig
+from toolkit.config.augment import TextAugmentConfig
+from toolkit.config.images import AugmentConfig, ImageDataConfig, ImageModelConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
 from toolkit.config.sections import (
     AdapterConfig,
@@ -14,6 +17,7 @@ from toolkit.config.sections import (
     DecoderConfig,
     GenerateConfig,
     ModelConfig,
+    Normalisation,
     OptimConfig,
     PairsConfig,
     Precision,
@@ -27,16 +31,26 @@ from toolkit.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
+from toolkit.config.seq2seq import DecodeConfig, EncoderDecoderConfig, SummaryConfig, TextPairsConfig, TranslationConfig
 from toolkit.config.speech import SpeechConfig
+from toolkit.config.tables import EventsConfig, NextItemNetworkConfig, TableConfig, TableNetworkConfig
 
 __all__ = [
     "AdapterConfig",
+    "AugmentConfig",
     "ChatConfig",
     "CheckpointConfig",
     "CorpusConfig",
+    "DecodeConfig",
     "DecoderConfig",
+    "EncoderDecoderConfig",
+    "EventsConfig",
     "GenerateConfig",
+    "ImageDataConfig",
+    "ImageModelConfig",
     "ModelConfig",
+    "NextItemNetworkConfig",
+    "Normalisation",
     "OptimConfig",
     "PairsConfig",
     "Precision",
@@ -45,11 +59,19 @@ __all__ = [
     "RecipeConfig",
     "RunConfig",
     "SourcesConfig",
+    "SpansConfig",
     "SpeechConfig",
     "StrategyConfig",
+    "SummaryConfig",
+    "TableConfig",
+    "TableNetworkConfig",
+    "TagsConfig",
+    "TextAugmentConfig",
     "TextDataConfig",
+    "TextPairsConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "TranslationConfig",
     "from_yaml",
     "parse",
     "plain",

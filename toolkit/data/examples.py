@@ -24,7 +24,7 @@ from toolkit.data.text_corpus import TextCorpus
 from toolkit.data.tokenize import EDGES, length_histogram
 from toolkit.errors import DataError
 
-_REVISION = 1
+_REVISION = 2
 """To be raised with every change of this module that changes its result: older caches are then not used."""
 Row = Mapping[str, Any]
 EncodeOne = Callable[[Any], Sequence[Row]]
@@ -166,7 +166,7 @@ def _prepare(
     scratch: Path,
 ) -> None:
     """Write the splits and their facts to `result`."""
-    facts: dict[str, Any] = {"samples": {}, "cut": {}, "token_lengths": {"edges": EDGES}}
+    facts: dict[str, Any] = {"samples": {}, "cut": {}, "token_lengths": {"edges": EDGES}, "longest": 0}
     splits: dict[Role, Dataset] = {}
     faults: Counter[str] = Counter()
     encode = functools.partial(_encode_json, encode_one=encode_one)
@@ -182,6 +182,7 @@ def _prepare(
             )
         facts["samples"][name] = len(kept)
         facts["token_lengths"][name] = length_histogram(np.asarray(kept["length"]))
+        facts["longest"] = max(facts["longest"], int(np.max(kept["length"])))
         facts["cut"][name] = float(np.mean(kept["cut"])) if "cut" in features else 0.0
         if name == "train":
             facts["samples_of_source"] = count_sources(kept["source"], config.name)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub.utils
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Value
 
+from toolkit.config import Normalisation
 from toolkit.environment import cores_of_this_process, is_main_rank
+from toolkit.normalise import normalise
 
 _BARS: tuple[Any, ...] = (datasets, huggingface_hub.utils)
 
@@ -109,3 +112,23 @@ def map_texts(
             load_from_cache_file=False,
             desc=title,
         )
+
+
+def normalised_texts(
+    texts: Dataset, steps: Sequence[Normalisation], *, processes: int | None, scratch: Path, title: str = "Normalising"
+) -> Dataset:
+    """The same for a column `text` of texts and nulls; `title` must be new in `scratch`, a folder for the result."""
+    if not steps:
+        return texts
+    return map_texts(
+        texts,
+        functools.partial(_normalise_some, steps=tuple(steps)),
+        Features({"text": Value("string")}),
+        processes=processes,
+        scratch=scratch,
+        title=title,
+    )
+
+
+def _normalise_some(texts: list[str | None], *, steps: Sequence[Normalisation]) -> dict[str, Any]:
+    return {"text": [None if text is None else normalise(text, steps) for text in texts]}

@@ -29,8 +29,9 @@ def model_card(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         manifest: manifest.json of it.
     """
     settings = manifest["requested"]
-    recipe, name = _recipe(manifest["command"]), settings["model"]["name"]
-    adapter = settings["adapter"]["name"]
+    # Not every recipe starts from a model that has a name, or has layers to adapt.
+    recipe, name = _recipe(manifest["command"]), settings.get("model", {}).get("name")
+    adapter = settings.get("adapter", {}).get("name", "none")
     front: dict[str, Any] = {"library_name": "transformers" if adapter == "none" else "peft"}
     if name and _HUB_ID.fullmatch(name) and not Path(name).exists():
         front["base_model"] = name

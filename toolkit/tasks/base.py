@@ -73,6 +73,10 @@ class Task(ABC):
         """Which tokens of `input_ids` are predicted, as they are: (B, L) bool; by default none."""
         return torch.zeros_like(batch.inputs["input_ids"], dtype=torch.bool)
 
+    def shown(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a reader is shown of `batch`, each (B, L): token ids, whether they are there, and which are learnt."""
+        return batch.inputs["input_ids"], batch.inputs["attention_mask"].bool(), self.learnt(batch)
+
     def title(self, batch: Batch, row: int) -> str:
         """What a row of `batch` is, for a reader: its label, its place in the sample; empty where that is plain."""
         return ""
