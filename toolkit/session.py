@@ -365,14 +365,18 @@ class Session:
     def _on_batch(self, loader: Loader, title: str) -> Callable[[int], None]:
         """Between the batches of a pass over `loader`: progress, and a stop where a signal asks for it."""
         total = loader.forwards_of_one_pass
+        return lambda done: self.progress(title, done, total)
 
-        def on_batch(done: int) -> None:
-            self._watchdog.beat("evaluation", self._progress.step)
-            self.console.evaluation(title, done, total)
-            if done < total and self.world.sum(torch.tensor(bool(self._stop.reason))):
-                self._interrupt()
+    def progress(self, title: str, done: int, total: int) -> None:
+        """Between two parts of long work beside the steps: show how far it is, and stop where a signal asks for it.
 
-        return on_batch
+        Raises:
+            Interrupted: on all ranks after the same part.
+        """
+        self._watchdog.beat("evaluation", self._progress.step)
+        self.console.evaluation(title, done, total)
+        if done < total and self.world.sum(torch.tensor(bool(self._stop.reason))):
+            self._interrupt()
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the validation split is to be evaluated after this step."""

@@ -111,6 +111,23 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def rows(self, mine: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The rows of all ranks end to end, in the order of the ranks, and the place of the first of one's own.
+
+        Args:
+            mine: (any number, …), of a shape and type that are the same on all ranks but for that number.
+        """
+        if not self.connected:
+            return mine, 0
+        counts = torch.zeros(self.size, dtype=torch.long, device=mine.device)
+        counts[self.rank] = len(mine)
+        sizes = self.sum(counts).tolist()
+        padded = mine.new_zeros(max(sizes), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded)
+        return torch.cat([rows[:size] for rows, size in zip(found, sizes, strict=True)]), sum(sizes[: self.rank])
+
     def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """The `value` of each rank, on every rank; by all of them over `group` where one is given."""
         if not self.connected:

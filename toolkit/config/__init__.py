@@ -7,6 +7,8 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 
 from toolkit.config.annotations import SpansConfig, TagsConfig
 from toolkit.config.augment import TextAugmentConfig
+from toolkit.config.contrast import AnchorsConfig, ContrastConfig
+from toolkit.config.embeddings import MatrixConfig, VectorsConfig, VocabularyConfig, WordModelConfig
 from toolkit.config.images import AugmentConfig, ImageDataConfig, ImageModelConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
 from toolkit.config.sections import (
@@ -37,9 +39,11 @@ from toolkit.config.tables import EventsConfig, NextItemNetworkConfig, TableConf
 
 __all__ = [
     "AdapterConfig",
+    "AnchorsConfig",
     "AugmentConfig",
     "ChatConfig",
     "CheckpointConfig",
+    "ContrastConfig",
     "CorpusConfig",
     "DecodeConfig",
     "DecoderConfig",
@@ -48,6 +52,7 @@ __all__ = [
     "GenerateConfig",
     "ImageDataConfig",
     "ImageModelConfig",
+    "MatrixConfig",
     "ModelConfig",
     "NextItemNetworkConfig",
     "Normalisation",
@@ -72,6 +77,9 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "TranslationConfig",
+    "VectorsConfig",
+    "VocabularyConfig",
+    "WordModelConfig",
     "from_yaml",
     "parse",
     "plain",

@@ -4,6 +4,7 @@ A recipe calls a verb or two, which give token ids in three splits, prepared onc
 them to the ranks is in `toolkit.data.loader`.
 """
 
+from toolkit.data.anchors import anchored_texts, encoded_anchors
 from toolkit.data.answer_spans import answer_spans, answered_questions
 from toolkit.data.bpe import decoder_tokenizer
 from toolkit.data.chat import answer_end, answer_pairs, chat, conversations, preferences, question, use_template
@@ -20,6 +21,7 @@ __all__ = [
     "LanguageData",
     "TextClassification",
     "TextCorpus",
+    "anchored_texts",
     "answer_end",
     "answer_pairs",
     "answer_spans",
@@ -28,6 +30,7 @@ __all__ = [
     "conversations",
     "decoder_tokenizer",
     "encode_pairs",
+    "encoded_anchors",
     "examples",
     "labelled_texts",
     "language",

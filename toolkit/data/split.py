@@ -128,7 +128,7 @@ def _check_trained(roles: Roles, codes: Codes, names: Sequence[str]) -> None:
         )
 
 
-def check_shares(config: Shares, given: Container[str]) -> None:
+def check_shares(config: HeldOut, given: Container[str]) -> None:
     """Raises ConfigError where the shares that are to be taken leave nothing to train on."""
     check_folds(config, given_test="test" in given)
     taken = {name: getattr(config, f"{name}_share") for name in ROLES[1:] if name not in given}

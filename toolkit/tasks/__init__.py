@@ -2,6 +2,7 @@
 
 from toolkit.tasks.base import Batch, Task
 from toolkit.tasks.classification import Classification
+from toolkit.tasks.contrast import Contrast
 from toolkit.tasks.image_classification import ImageClassification
 from toolkit.tasks.language_modeling import LanguageModeling
 from toolkit.tasks.next_item import NextItem
@@ -19,6 +20,7 @@ __all__ = [
     "Answering",
     "Batch",
     "Classification",
+    "Contrast",
     "ImageClassification",
     "LanguageModeling",
     "MultiLabel",
