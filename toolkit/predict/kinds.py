@@ -41,6 +41,12 @@ WRITER = Kind(
     options=frozenset({"tokens", "temperature", "plain"}),
     answerer="toolkit.predict.writer:WriterAnswers",
 )
+SPEECH = Kind(
+    "a model of speech, which writes what is said in files",
+    ("WhisperForConditionalGeneration",),
+    reads="files",
+    answerer="toolkit.predict.speech:SpeechAnswers",
+)
 TAGGER = Kind(
     "a tagger, which marks names in texts",
     ("ForTokenClassification",),
@@ -106,6 +112,7 @@ KINDS: tuple[Kind, ...] = (
     SCORER,
     TABLE,
     NEXT_ITEM,
+    SPEECH,
     ENCODER,
     IMAGES,
     TRANSLATOR,  # behind all whose names end as its own do
