@@ -192,12 +192,15 @@ def test_launch_and_go_on(what: str, job: list[str], tmp_path: Path) -> None:
     """Through the real launcher on two processes; then on, with the same figures as in one go."""
     name, write, _ = JOBS[what]
     options = [*job, *write(tmp_path), "--optim.schedule", "constant", "--optim.warmup_steps", "0"]
-    train(name, 2, [*options, "--strategy.name", "ddp", "--run.dir", "whole"], tmp_path)
+    train(name, 2, [*options, "--run.dir", "whole"], tmp_path)
     done = launch([*options, "--train.steps", "3"], config="cpu2", cwd=tmp_path, name=name)
     assert done.returncode == 0, done.stdout
-    more = ["--checkpoint.allow_change", "train.steps", "--strategy.name", "ddp"]
-    train(name, 2, [*options, *more, "--checkpoint.allow_change", "train.steps", "strategy"], tmp_path)
-    assert read(tmp_path / "run")[1]["test"] == read(tmp_path / "whole")[1]["test"]
+    train(name, 2, [*options, "--checkpoint.allow_change", "train.steps"], tmp_path)
+    (metrics, report), (expected, expected_report) = read(tmp_path / "run"), read(tmp_path / "whole")
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
+    assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in expected], rel=1e-5)
+    assert report["test"]["loss"] == pytest.approx(expected_report["test"]["loss"], rel=1e-5)
+    assert account(tmp_path / "run").sound
 
 
 FAULTS = {

@@ -12,11 +12,13 @@ import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, mean_absolute_error, r2_score
+from transformers import AutoTokenizer
 
 from tests.parity.job import tiny_tokenizer
 from toolkit.config import TextDataConfig
 from toolkit.data import labelled_texts
 from toolkit.errors import ConfigError, DataError
+from toolkit.samples import fetch
 from toolkit.tasks import MultiLabel, Regression
 
 LABELS = ("a", "b", "c", "d")
@@ -120,13 +122,14 @@ def test_numbers_and_what_their_mean_reaches(write: Any) -> None:
 
 
 def test_pairs_are_read_together(write: Any) -> None:
-    data = labelled_texts(write([f"class {n % 2}" for n in range(40)], text_pair="second"), tiny_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(fetch("minilm"))
+    data = labelled_texts(write([f"class {n % 2}" for n in range(40)], text_pair="second"), tokenizer)
     assert data.labels == ("class 0", "class 1")
     assert {"input_ids", "token_type_ids", "label", "length", "id"} <= set(data.train.column_names)
     for ids, segments in zip(data.train["input_ids"], data.train["token_type_ids"], strict=True):
         assert len(ids) == len(segments)
         assert segments == sorted(segments)
-        assert sum(segments) == 1, "the second text has one word"
+        assert sum(segments) == len(ids) - ids.index(tokenizer.sep_token_id) - 1, "the second text, and its end"
     assert sum(data.facts["samples"]["test"].values()) == 8
 
 
@@ -136,7 +139,7 @@ def test_pairs_are_read_together(write: Any) -> None:
         (["a", "b"] * 20, {"separator": ";"}, ConfigError, "--data.separator has no effect with --data.target class"),
         (["a", "b"] * 20, {"text_pair": "text"}, ConfigError, "names the column 'text' as another setting does"),
         (["a", "b"] * 99, {"target": "number"}, DataError, "(?s)row 1 of .*texts.jsonl, because .*'a' is no number"),
-        ([1.5, None] * 99, {"target": "number"}, DataError, "row 2 of .*label None is no number"),
+        ([1.5, None] * 101, {"target": "number"}, DataError, "row 2 of .*label None is no number"),
         ([0.5, 1.25] * 20, {"text_pair": "second"}, DataError, "regression, not classification"),
         ([[1.5]] * 150, {"target": "labels"}, DataError, "neither a list nor words with a separator"),
         ([["a"]] * 150, {"text_pair": "second"}, DataError, "learn several labels of a text with --data.target labels"),

@@ -128,7 +128,7 @@ def test_long_sentences_go_on_but_not_within_a_name() -> None:
 @pytest.mark.parametrize("kind", [BertForTokenClassification, BertForQuestionAnswering])
 def test_both_heads_compute_without_padding(kind: Any) -> None:
     config = tiny_bert().config
-    config._attn_implementation = "sdpa"
+    config._attn_implementation, config.num_labels = "sdpa", 2
     torch.manual_seed(0)
     model = kind(config).eval()
     inputs = short_texts(config)
