@@ -99,6 +99,7 @@ def test_table() -> None:
             *("whisper-tiny-en", "asterisk-prompts"),
             "peoples-daily-words",
             *("efficientnet-lite0", "mnist", "fashion-mnist"),
+            *("conll2003", "peoples-daily-entities", "boolq", "answer-spans", "film-snippets"),
         }
     )
     assert set(names("model")) == {
@@ -170,6 +171,48 @@ def test_peoples_daily() -> None:
     assert found[2].startswith("在十五大精神指引下胜利前进——元旦献辞\n我们即将以丰收的喜悦送走牛年")
     assert not any("/" in text and "/n " in text for text in found), "a part of speech"
     assert all(text == text.strip() != "" for text in found)
+
+
+def test_tags_of_tokens() -> None:
+    for name, held_out in (("conll2003", (3250, 3453)), ("peoples-daily-entities", (4759, 4759))):
+        found = rows(name)
+        assert len(found) == SAMPLES[name].facts["rows"]
+        assert all(len(row["tokens"]) == len(row["tags"]) > 0 for row in found)
+        for split, count in zip(("validation", "test"), held_out, strict=True):
+            assert len((fetch(name) / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()) == count
+    sentence = next(row for row in found if "".join(row["tokens"]).startswith("１２月３１日，中共中央总书记"))
+    assert [t for t, tag in zip(sentence["tokens"], sentence["tags"], strict=True) if tag.endswith("PER")] == [
+        *"江泽民"
+    ]
+    assert "".join(tag[0] for tag in sentence["tags"] if tag.endswith("PER")) == "BII"
+
+
+def test_boolq() -> None:
+    found = rows("boolq")
+    assert counts(found) == {"yes": 5874, "no": 3553}
+    held_out = (fetch("boolq") / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(held_out) == 3270
+    assert not {row["question"] for row in found} & {json.loads(line)["question"] for line in held_out}
+
+
+def test_answers_stand_in_their_passages() -> None:
+    passages = []
+    for split, count in (("data", 697), ("validation", 133), ("test", 228)):
+        lines = (fetch("answer-spans") / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line) for line in lines]
+        assert len(found) == count
+        for row in found:
+            pairs = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+            assert all(row["passage"][start:].startswith(text) for text, start in pairs)
+        passages.append({row["passage"] for row in found})
+    assert not passages[0] & passages[1] | passages[1] & passages[2] | passages[0] & passages[2]
+
+
+def test_film_snippets() -> None:
+    found = rows("film-snippets")
+    assert len(found) == SAMPLES["film-snippets"].facts["rows"] == 10605
+    assert found[2] == {"text": "Effective but too tepid biopic", "label": -0.6}
+    assert all(-4 <= row["label"] <= 4 for row in found)  # type: ignore[operator]
 
 
 def test_instructions() -> None:
