@@ -67,7 +67,7 @@ class EncoderDecoderConfig:
     its own. By default a new network."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    layers: Count = 3
+    layers: Count = 2
     """Blocks of a new network's encoder, and of its decoder."""
     hidden_size: Count = 256
     """Width of a new network."""
