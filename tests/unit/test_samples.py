@@ -110,7 +110,7 @@ def test_bbc_news() -> None:
     ("name", "pair"),
     [
         ("homeassistant-zh", ("Light blue", "浅蓝色")),
-        ("homeassistant-de", ("Login failed", "Anmeldung fehlgeschlagen")),
+        ("homeassistant-de", ("Login failed", "Login fehlgeschlagen")),
         ("bbc-headlines", ("", "Ad sales boost Time Warner profit")),
     ],
 )
