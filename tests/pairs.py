@@ -20,7 +20,7 @@ WORDS = {
 }
 
 
-def write_pairs(path: Path, count: int = 120) -> Path:
+def write_pairs(path: Path, count: int = 240) -> Path:
     """English sentences with a Chinese one for each, word by word."""
     rng = random.Random(0)
     adjectives, nouns, verbs = list(WORDS)[:3], list(WORDS)[3:6], list(WORDS)[6:9]
@@ -31,8 +31,6 @@ def write_pairs(path: Path, count: int = 120) -> Path:
         if rng.random() < 0.5:
             words.insert(1, rng.choice(adjectives))
         found[" ".join(words)] = "".join(WORDS[word] for word in words)
-        if len(found) >= 200:
-            break
     rows = [{"source": source, "target": target} for source, target in found.items()]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -26,7 +26,7 @@ def test_pairs_as_tokens_of_one_vocabulary(config: TextPairsConfig) -> None:
     corpus = text_pairs(config)
     tokenizer = pairs_tokenizer(EncoderDecoderConfig(), TokenizerConfig(vocabulary=300), corpus)
     data = encode_pairs(config, corpus, tokenizer)
-    assert sum(map(len, (data.train, data.validation, data.test))) == 120
+    assert sum(map(len, (data.train, data.validation, data.test))) == 240
     row = data.train[0]
     end = tokenizer.eos_token_id
     assert row["input_ids"][-1] == row["labels"][-1] == end
