@@ -100,6 +100,7 @@ def test_table() -> None:
             "peoples-daily-words",
             *("efficientnet-lite0", "mnist", "fashion-mnist"),
             *("conll2003", "peoples-daily-entities", "boolq", "answer-spans", "film-snippets"),
+            *("homeassistant-zh", "homeassistant-de", "bbc-headlines"),
         }
     )
     assert set(names("model")) == {
@@ -139,6 +140,23 @@ def test_digits_and_clothes() -> None:
     first = Image.open(io.BytesIO(table["image"][0].as_py()["bytes"]))
     assert table["label"][0].as_py() == "ankle boot"
     assert np.asarray(first)[:7].max() == 0, "the boot stands at the bottom"
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [
+        ("homeassistant-zh", ("Light blue", "浅蓝色")),
+        ("homeassistant-de", ("Login failed", "Login fehlgeschlagen")),
+        ("bbc-headlines", ("", "Ad sales boost Time Warner profit")),
+    ],
+)
+def test_pairs(name: str, pair: tuple[str, str]) -> None:
+    found = rows(name)
+    assert len(found) == SAMPLES[name].facts["rows"]
+    assert [row["source"] for row in found] == sorted({row["source"] for row in found})
+    assert all(row["source"].strip() and row["target"].strip() for row in found)
+    source, target = pair
+    assert any(row["target"] == target and row["source"].startswith(source) for row in found)
 
 
 def test_sarcasm() -> None:
