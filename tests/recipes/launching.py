@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "bert_cls.py"
 
 
-def launch(options: list[str], *, config: str, launcher: list[str] | None = None, cwd: Path) -> Any:
+def launch(
+    options: list[str], *, config: str, launcher: list[str] | None = None, cwd: Path, name: str = "bert_cls"
+) -> Any:
     """`accelerate launch` with a shipped configuration, on CPU ranks whatever the machine has; the finished process."""
-    process = start(options, config=config, launcher=launcher, cwd=cwd)
+    process = start(options, config=config, launcher=launcher, cwd=cwd, name=name)
     try:
         out, _ = process.communicate(timeout=240)
     except BaseException:
@@ -27,14 +29,16 @@ def launch(options: list[str], *, config: str, launcher: list[str] | None = None
     return subprocess.CompletedProcess(process.args, process.returncode, out)
 
 
-def start(options: list[str], *, config: str, launcher: list[str] | None = None, cwd: Path) -> subprocess.Popen[str]:
+def start(
+    options: list[str], *, config: str, launcher: list[str] | None = None, cwd: Path, name: str = "bert_cls"
+) -> subprocess.Popen[str]:
     """The same, still running, in a process group of its own."""
     file = ROOT / "configs" / "accelerate" / f"{config}.yaml"
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
     # One thread for each process, as ranks have: the sums of two threads differ from those of one in the last bits.
     start_options = ["--num_cpu_threads_per_process", "1"] if config == "cpu1" else ["--main_process_port", "0"]
     return subprocess.Popen(
-        [*accelerate, *start_options, *(launcher or []), str(RECIPE), *options],
+        [*accelerate, *start_options, *(launcher or []), str(RECIPE.with_stem(name)), *options],
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,
