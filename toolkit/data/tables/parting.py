@@ -20,18 +20,6 @@ Keys = npt.NDArray[np.uint64]
 
 def check_parting(config: TableConfig, given: Collection[Role]) -> None:
     """Raises ConfigError where settings of the split contradict each other or have no effect."""
-    if (config.folds is None) != (config.fold is None):
-        raise ConfigError("--data.folds and --data.fold belong together", "Give both, as --data.folds 5 --data.fold 0.")
-    if config.folds is not None and config.fold is not None:
-        if config.fold >= config.folds:
-            raise ConfigError(
-                f"--data.fold {config.fold} is none of {config.folds} folds", f"They are 0 to {config.folds - 1}."
-            )
-        if "test" in given:
-            raise ConfigError("--data.folds has no effect beside --data.test", "Give one of the two.")
-        if config.test_share != TableConfig().test_share:
-            raise ConfigError("--data.test_share has no effect beside --data.folds", "Drop it.")
-        given = {*given, "test"}
     if config.group is not None and config.split == "stratified":
         raise ConfigError(
             "--data.split stratified has no effect beside --data.group, whose groups stay whole", "Give one of the two."
