@@ -49,6 +49,7 @@ FLOORS = (
     "embeddings",
     "word_classifier",
     "tasks",
+    "baselines",
     "probe",
     "optim",
     "strategies",

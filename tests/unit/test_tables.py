@@ -290,7 +290,7 @@ REFUSED: list[tuple[str, list[list[Any]], dict[str, Any], str]] = [
     (
         "class missing from a fold",
         [[n, n, "only" if n == 5 else f"c{n % 3}"] for n in range(90)],
-        {"folds": 2, "fold": 0, "split_seed": 3},
+        {"folds": 2, "fold": 1},
         "class 'only' of y is in the test split but not in training, as row 6 of {file}",
     ),
     ("no column", [[1, 2, 3]], {"target": "z"}, "has no column 'z'; it has 'a', 'b', 'y'"),

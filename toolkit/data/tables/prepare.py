@@ -145,8 +145,6 @@ def _target(raw: RawTable, config: TableConfig) -> _Target:
         task = "regression" if kind == "numeric" and not few_numbers else "classification"
     faults = dict.fromkeys(np.flatnonzero(coded.codes < 0).tolist(), f"it has no {config.target}")
     if task == "classification":
-        if int(np.sum(counts > 0)) < 2:
-            raise DataError(f"{raw.begins[0][1]}: '{config.target}' has fewer than two classes", "Name another target.")
         return _Target(coded.codes.astype(np.int64), coded.words, faults)
     values = np.append(numbers, np.nan)[coded.codes]
     for row in np.flatnonzero(np.isnan(values) & (coded.codes >= 0)).tolist():
@@ -163,6 +161,8 @@ def _learnt(
             return (), fit_scale(target.values[train], config.target_transform)
         except ValueError as error:
             raise DataError(f"--data.target {config.target} of {raw.begins[0][1]}: {error}", _OTHER_TARGET) from error
+    if len(target.words) < 2:
+        raise DataError(f"'{config.target}' of {raw.begins[0][1]} has fewer than two classes", "Name another target.")
     if config.target_transform == "log1p":
         raise DataError(f"--data.target_transform log1p has no effect on the classes of {config.target}", "Drop it.")
     words = {target.words[index] for index in np.unique(target.values[train])}
