@@ -25,7 +25,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(file: Path) -> list[str]:
     return [
         *("--data.name", str(file), "--data.user", "who", "--data.item", "what", "--data.timestamp", "when"),
-        *("--data.title", "name", "--data.max_length", "6", "--data.exclude_seen", "False"),
+        *("--data.title", "name", "--data.max_length", "16", "--data.exclude_seen", "False"),
         *("--model.hidden_size", "16", "--model.dropout", "0"),
         *("--train.global_batch", "24", "--train.steps", "8", "--optim.lr", "1e-2"),
         *("--run.dir", "run", "--run.log_every", "1"),

@@ -72,7 +72,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     good = [["ann", n, n] for n in range(6)]
     for rows, settings, said in (
         ([*good, ["bob", "", 3]], {"max_bad_rows": 0}, "row 7 of .*events.csv: it has no item"),
-        ([*good, ["bob", 3, "soon"]] * 20, {"max_bad_rows": 0}, "row 7 of .*events.csv: its timestamp is 'soon'"),
+        ([*good * 20, ["bob", 3, "soon"]], {"max_bad_rows": 0}, "row 121 of .*events.csv: its timestamp is 'soon'"),
         ([["ann", n, f"day {n}"] for n in range(6)], {}, "holds neither numbers nor dates"),
         (good, {"min_events": 9}, "has no user with 9 events"),
         (good, {"item": "song"}, "has no column 'song'"),
@@ -121,7 +121,7 @@ def test_figures_add_up_and_popularity_is_ranked_alike() -> None:
 @pytest.fixture
 def network() -> GPT2ForNextItem:
     sizes = NextItemNetworkConfig(hidden_size=16, dropout=0.0)
-    return next_item_network(sizes, 20, 8, seed=0).eval()
+    return next_item_network(sizes, 20, 16, seed=0).eval()
 
 
 def test_neither_the_future_nor_padding_is_seen(network: GPT2ForNextItem) -> None:

@@ -297,7 +297,7 @@ REFUSED: list[tuple[str, list[list[Any]], dict[str, Any], str]] = [
     ("unknown kind", [[n, n, n] for n in range(99)], {"categorical": ("c",)}, "--data.categorical c: no such column"),
     ("two kinds", [[n, n, n] for n in range(99)], {"dates": ("a",), "numeric": ("a",)}, "column 'a' is given two"),
     ("constant", [[n, n, 0.5] for n in range(99)], {"task": "regression"}, "all of them are 0.5"),
-    ("fold alone", [[1, 2, 3]], {"fold": 1}, "--data.folds and --data.fold belong together"),
+    ("fold alone", [[1, 2, 3]], {"fold": 1}, "--data.fold 1 has no effect without --data.folds"),
     ("no such fold", [[1, 2, 3]], {"folds": 3, "fold": 3}, "--data.fold 3 is none of 3 folds"),
     ("group and strata", [[1, 2, 3]], {"group": "a", "split": "stratified"}, "has no effect beside --data.group"),
     ("log of classes", [[n, n, f"c{n % 3}"] for n in range(90)], {"target_transform": "log1p"}, "has no effect on the"),
