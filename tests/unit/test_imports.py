@@ -50,6 +50,7 @@ FLOORS = (
     "word_classifier",
     "image_models",
     "tasks",
+    "baselines",
     "probe",
     "optim",
     "strategies",

@@ -101,6 +101,7 @@ def test_table() -> None:
             *("efficientnet-lite0", "mnist", "fashion-mnist"),
             *("conll2003", "peoples-daily-entities", "boolq", "answer-spans", "film-snippets"),
             *("homeassistant-zh", "homeassistant-de", "bbc-headlines"),
+            *("diamonds", "movielens"),
         }
     )
     assert set(names("model")) == {
@@ -111,6 +112,24 @@ def test_table() -> None:
         assert name == sample.name
         assert len(sample.sha256) == 64
         assert sample.version in sample.archive
+
+
+def test_diamonds() -> None:
+    found: list[dict[str, object]] = rows("diamonds")  # type: ignore[assignment]
+    assert len(found) == SAMPLES["diamonds"].facts["rows"] == 53940
+    assert found[0] == {
+        **{"carat": 0.23, "cut": "Ideal", "color": "E", "clarity": "SI2", "depth": 61.5},
+        **{"table": 55, "price": 326, "x": 3.95, "y": 3.98, "z": 2.43},
+    }
+    assert len({row["clarity"] for row in found}) == 8
+
+
+def test_movielens() -> None:
+    found: list[dict[str, object]] = rows("movielens")  # type: ignore[assignment]
+    facts = SAMPLES["movielens"].facts
+    counted = (len(found), len({row["user"] for row in found}), len({row["item"] for row in found}))
+    assert counted == (facts["rows"], facts["users"], facts["items"]) == (100000, 943, 1682)
+    assert found[0] == {"user": "196", "item": "242", "rating": 3, "timestamp": 881250949, "title": "Kolya (1996)"}
 
 
 def test_bbc_news() -> None:

@@ -140,5 +140,5 @@ class NextItemNetworkConfig:
     """Width, and that of an item's embedding."""
     heads: Count = 2
     """Attention heads of a block."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Dropout probability of embeddings, attention and blocks."""

@@ -21,10 +21,11 @@ from toolkit.data.mapping import quiet
 from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.stored import load_splits, save_splits
 from toolkit.data.tables.columns import Coded, Floats, code, guess, parse
+from toolkit.data.tables.faults import refuse_many, stages_of, warnings_of
 from toolkit.data.tables.reading import RawTable, digest_of, find_tables, read_tables
 from toolkit.errors import DataError, ModelError
 
-_REVISION = 1
+_REVISION = 2
 """To be raised with every change of this module that changes its result: older caches are then not used."""
 _NOT_CONTENT = ("name", "workers")
 FILE = "items.json"
@@ -115,7 +116,7 @@ def _prepare(config: EventsConfig, part: Part, result: Path, scratch: Path) -> N
     for row in np.flatnonzero((users.codes < 0) | (items.codes < 0)).tolist():
         faults[row] = f"it has no {config.user if users.codes[row] < 0 else config.item}"
     faults = dict(sorted(faults.items()))
-    _refuse_many(raw, faults, config)
+    refuse_many(raw, faults, config.max_bad_rows, "Mend them, or raise --data.max_bad_rows.")
     fit = np.ones(len(moments), np.bool_)
     fit[list(faults)] = False
     rows, repeated = _without_repeats(np.flatnonzero(fit), users, items, moments)
@@ -131,6 +132,7 @@ def _prepare(config: EventsConfig, part: Part, result: Path, scratch: Path) -> N
     histories = np.split(numbers, np.flatnonzero(np.diff(users.codes[rows])) + 1)
     counts = np.bincount(np.concatenate([history[:-2] for history in histories]), minlength=len(catalogue) + 1)[1:]
     splits: dict[Role, Dataset] = {role: _dataset(list(_samples(histories, role, config.max_length))) for role in ROLES}
+    dropped = {"unfit": len(faults), "repeated": repeated, "of rare items": rare, "of users with few": short}
     facts: dict[str, Any] = {
         "catalogue": {
             "items": [items.words[index] for index in catalogue],
@@ -143,8 +145,9 @@ def _prepare(config: EventsConfig, part: Part, result: Path, scratch: Path) -> N
         "untrained_items": int(np.sum(counts == 0)),
         "events": len(rows),
         "samples": {role: len(found) for role, found in splits.items()},
-        "dropped": {"unfit": len(faults), "repeated": repeated, "of rare items": rare, "of users with few": short},
-        "warnings": _warnings(raw, faults),
+        "dropped": dropped,
+        "stages": stages_of(raw, faults, dropped),
+        "warnings": warnings_of(raw, faults),
     }
     save_splits(result, splits, facts)
 
@@ -237,16 +240,3 @@ def _dataset(samples: Sequence[tuple[Ids, int, Ids]]) -> Dataset:
     }
     with quiet(bars=False):
         return Dataset.from_dict(columns, features=features)
-
-
-def _refuse_many(raw: RawTable, faults: Mapping[int, str], config: EventsConfig) -> None:
-    if len(faults) > config.max_bad_rows:
-        shown = "; ".join(f"{raw.where(row)}: {why}" for row, why in list(faults.items())[:5])
-        raise DataError(f"{len(faults):,} rows are unfit: {shown}", "Mend them, or raise --data.max_bad_rows.")
-
-
-def _warnings(raw: RawTable, faults: Mapping[int, str]) -> list[str]:
-    if not faults:
-        return []
-    row, why = next(iter(faults.items()))
-    return [f"{len(faults):,} unfit rows are left out, the first being {raw.where(row)}: {why}"]

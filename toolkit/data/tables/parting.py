@@ -52,6 +52,7 @@ def part_rows(config: TableConfig, roles: Roles, keys: Keys, classes: Rows | Non
         classes: index of the class of each row, where their shares are to stay.
     """
     units, first, unit_of = _units(keys)
+    given = set(np.unique(roles).tolist())
     order = shuffle_key(keys[first], config.split_seed)
     held = np.full(len(units), TRAIN, roles.dtype)
     np.maximum.at(held, unit_of, roles)  # of the roles, the later one is held out from the earlier
@@ -59,7 +60,7 @@ def part_rows(config: TableConfig, roles: Roles, keys: Keys, classes: Rows | Non
     roles = np.where(leaks, DROPPED, roles).astype(roles.dtype)
     pool = np.bincount(unit_of, roles == TRAIN, len(units)).astype(np.int64)  # rows of each unit
     strata = np.zeros(len(units), np.int64) if classes is None or config.group else classes[first]
-    validation = 0.0 if VALIDATION in roles else config.validation_share
+    validation = 0.0 if VALIDATION in given else config.validation_share
     place = _places(strata, order, pool)
     of_unit = np.full(len(units), TRAIN, roles.dtype)
     if config.folds is not None:
@@ -68,7 +69,7 @@ def part_rows(config: TableConfig, roles: Roles, keys: Keys, classes: Rows | Non
         again = shuffle_key(keys[first], config.split_seed + 1)  # else the validation would border on the test
         of_unit[(of_unit == TRAIN) & (_places(strata, again, rest) < validation)] = VALIDATION
     else:
-        test = 0.0 if TEST in roles else config.test_share
+        test = 0.0 if TEST in given else config.test_share
         of_unit[place < test + validation] = VALIDATION
         of_unit[place < test] = TEST
     roles = np.where(roles == TRAIN, of_unit[unit_of], roles).astype(roles.dtype)

@@ -21,16 +21,21 @@ from toolkit.data.mapping import quiet
 from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.stored import load_splits, save_splits
 from toolkit.data.tables.columns import Coded, code, guess, parse
+from toolkit.data.tables.faults import refuse_many, stages_of, warnings_of
 from toolkit.data.tables.parting import check_parting, keys_of, part_rows
 from toolkit.data.tables.preprocess import Encoded, Preprocessor, fit
 from toolkit.data.tables.reading import RawTable, digest_of, find_tables, read_tables
 from toolkit.data.tables.target import TargetScale, fit_scale
 from toolkit.errors import DataError
 
-_REVISION = 1
+_REVISION = 2
 """To be raised with every change of this package that changes its result: older caches are then not used."""
 _NOT_CONTENT = ("name", "validation", "test", "workers")
 _FEW_CLASSES = 20
+_MEND = (
+    "Mend them, name the words that stand for nothing with --data.missing_values, give their column another kind "
+    "(--data.categorical, --data.drop), or raise --data.max_bad_rows."
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def _prepare(config: TableConfig, places: Mapping[Role, Part], result: Path, scr
         raw.require(config.group, "--data.group")
     roles = np.repeat(np.array([ROLES.index(role) for role in places], np.int8), sizes)
     target = _target(raw, config)
-    _refuse_many(raw, target.faults, config)
+    refuse_many(raw, target.faults, config.max_bad_rows, _MEND)
     roles[list(target.faults)] = DROPPED
     classes = target.values if target.words and config.split != "random" else None
     if config.split == "stratified" and not target.words:
@@ -111,8 +116,10 @@ def _prepare(config: TableConfig, places: Mapping[Role, Part], result: Path, scr
         raise DataError(f"{config.name} has no column to learn from", "Give columns beside the target.")
     encoded = reading.encode({name: raw.cells.column(name) for name in reading.kinds})
     faults = {row: why for row, why in encoded.faults.items() if roles[row] != DROPPED}
-    _refuse_many(raw, target.faults | faults, config)
-    roles, dropped = _left_out(config, roles, encoded, faults)
+    refuse_many(raw, target.faults | faults, config.max_bad_rows, _MEND)
+    faults = dict(sorted((target.faults | faults).items()))
+    roles, more = _left_out(config, roles, encoded, faults)
+    dropped = {"unfit": len(faults), "in a held-out split": leaks, **more}
     _not_empty(roles)
     splits = {role: _rows(encoded, target, labels, np.flatnonzero(roles == n)) for n, role in enumerate(ROLES)}
     facts |= {
@@ -120,8 +127,9 @@ def _prepare(config: TableConfig, places: Mapping[Role, Part], result: Path, scr
         "read": {role: int(size) for role, size in zip(places, sizes, strict=True)},
         "samples": {role: len(rows) for role, rows in splits.items()},
         "training_rows": len(train),
-        "dropped": {"unfit": len(target.faults | faults), "in a held-out split": leaks, **dropped},
-        "warnings": _warnings(raw, target.faults | faults),
+        "dropped": dropped,
+        "stages": stages_of(raw, faults, dropped),
+        "warnings": warnings_of(raw, faults),
         "counts": _counts(splits, labels),
     }
     facts["warnings"] += [
@@ -145,8 +153,6 @@ def _target(raw: RawTable, config: TableConfig) -> _Target:
         task = "regression" if kind == "numeric" and not few_numbers else "classification"
     faults = dict.fromkeys(np.flatnonzero(coded.codes < 0).tolist(), f"it has no {config.target}")
     if task == "classification":
-        if int(np.sum(counts > 0)) < 2:
-            raise DataError(f"{raw.begins[0][1]}: '{config.target}' has fewer than two classes", "Name another target.")
         return _Target(coded.codes.astype(np.int64), coded.words, faults)
     values = np.append(numbers, np.nan)[coded.codes]
     for row in np.flatnonzero(np.isnan(values) & (coded.codes >= 0)).tolist():
@@ -163,6 +169,8 @@ def _learnt(
             return (), fit_scale(target.values[train], config.target_transform)
         except ValueError as error:
             raise DataError(f"--data.target {config.target} of {raw.begins[0][1]}: {error}", _OTHER_TARGET) from error
+    if len(target.words) < 2:
+        raise DataError(f"'{config.target}' of {raw.begins[0][1]} has fewer than two classes", "Name another target.")
     if config.target_transform == "log1p":
         raise DataError(f"--data.target_transform log1p has no effect on the classes of {config.target}", "Drop it.")
     words = {target.words[index] for index in np.unique(target.values[train])}
@@ -251,20 +259,3 @@ def _counts(splits: Mapping[Role, Dataset], labels: Sequence[str]) -> dict[str, 
         role: dict(zip(labels, np.bincount(rows["target"], minlength=len(labels)).tolist(), strict=True))
         for role, rows in splits.items()
     }
-
-
-def _refuse_many(raw: RawTable, faults: Mapping[int, str], config: TableConfig) -> None:
-    if len(faults) > config.max_bad_rows:
-        shown = "; ".join(f"{raw.where(row)}: {why}" for row, why in list(faults.items())[:5])
-        raise DataError(
-            f"{len(faults):,} rows are unfit: {shown}",
-            "Mend them, name the words that stand for nothing with --data.missing_values, give their column another "
-            "kind (--data.categorical, --data.drop), or raise --data.max_bad_rows.",
-        )
-
-
-def _warnings(raw: RawTable, faults: Mapping[int, str]) -> list[str]:
-    if not faults:
-        return []
-    row, why = next(iter(faults.items()))
-    return [f"{len(faults):,} unfit rows are left out, the first being {raw.where(row)}: {why}"]
