@@ -9,7 +9,7 @@ from toolkit.data.chat import answer_end, answer_pairs, chat, conversations, pre
 from toolkit.data.examples import Examples, examples
 from toolkit.data.language import LanguageData, language
 from toolkit.data.text_classification import TextClassification, text_classification
-from toolkit.data.text_corpus import TextCorpus, text_corpus
+from toolkit.data.text_corpus import TextCorpus, stream_texts, text_corpus
 from toolkit.data.text_pairs import encoded_pairs, text_pairs
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "language",
     "preferences",
     "question",
+    "stream_texts",
     "text_classification",
     "text_corpus",
     "text_pairs",
