@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from toolkit.compute import replace_dropout
 from toolkit.data.loader import Loader
 from toolkit.engine import evaluate, train_step
 from toolkit.errors import NumericsError
@@ -43,6 +44,8 @@ def train_rival(
         found: dict[str, Any] = session.world.on_main(lambda: json.loads(file.read_text(encoding="utf-8")))
         return found
     config = session.config
+    if session.world.device.type == "cpu":
+        replace_dropout(model)  # as the run's own
     strategy = choose_strategy(
         config.strategy,
         world=session.world,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from toolkit.networks.bag_of_words import BagOfWordsForSequenceClassification
 
@@ -18,6 +18,8 @@ NETWORKS: tuple[type[PreTrainedModel], ...] = (BagOfWordsForSequenceClassificati
 
 for _network in NETWORKS:
     AutoConfig.register(_network.config_class.model_type, _network.config_class)
+    if _network.__name__.endswith("ForSequenceClassification"):
+        AutoModelForSequenceClassification.register(_network.config_class, _network)
 
 
 def architecture(name: str) -> Any:
