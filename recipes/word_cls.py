@@ -77,9 +77,9 @@ def main(config: Config) -> None:
         for step in session.steps(train, validation):  # evaluates, saves, goes on after a kill, stops on a signal
             session.log(step, session.train_step(step))
         after = session.evaluate(test, "test")
-        session.finish(before=before, test=after, majority=majority(data))
         gain = {key: after[key] - random[key] for key in ("accuracy", "macro_f1", "loss")}
         session.beside({"random": random, "transferred": after, "gain": gain})
+        session.finish(before=before, test=after, majority=majority(data))
 
 
 if __name__ == "__main__":
