@@ -54,6 +54,7 @@ def train_rival(
         max_grad_norm=config.train.max_grad_norm,
     )
     strategy.setup(model, lambda wrapped: adamw(wrapped, config.optim))
+    session.console.note(f"{title}: trained for {session.total_steps:,} steps, to stand beside the run's own model")
     for step in train.steps(session.total_steps):
         result = train_step(strategy, task, step, learning_rate=session.schedule(step.number), seed=config.run.seed)
         if result.fault:
