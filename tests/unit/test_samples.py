@@ -252,6 +252,14 @@ def test_film_snippets() -> None:
     assert all(-4 <= row["label"] <= 4 for row in found)  # type: ignore[operator]
 
 
+def test_peoples_daily_words() -> None:
+    found = [row["text"] for row in rows("peoples-daily-words")]
+    assert len(found) == SAMPLES["peoples-daily-words"].facts["rows"] == 19484
+    assert found[0] == "迈向 充满 希望 的 新 世纪 —— 一九九八年 新年 讲话 （ 附 图片 １ 张 ）"
+    whole = "".join(row["text"] for row in rows("peoples-daily")).replace("\n", "")
+    assert "".join(found).replace(" ", "") == whole
+
+
 def test_instructions() -> None:
     with (fetch("instructions") / "data.jsonl").open(encoding="utf-8") as file:
         found = [json.loads(line)["messages"] for line in file]
