@@ -101,8 +101,7 @@ def stop(argv: Sequence[str]) -> int:
     if not told:
         print(f"job {_job(run)} has ended already")
         return 0
-    for name, text in _progress(run):
-        print(f"{name:11} {text}")
+    status([str(run)])
     print(f"go on with  python -m launch resume {shlex.quote(os.path.relpath(run))}")
     return 0
 
