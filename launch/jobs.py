@@ -39,12 +39,10 @@ def status(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     run = _run(parser.parse_args(argv).run)
     states = _states(run)
-    for state in states:
-        task = run / state.index if state.index else run
-        print("\n".join(f"{name:11} {text}" for name, text in _lines(task, state)), end="\n\n"[: len(states)])
+    blocks = [list(_lines(run / state.index if state.index else run, state)) for state in states]
     if not states:
-        print(f"job {_job(run)}: SLURM has forgotten it, so it has ended some time ago")
-        print("\n".join(f"{name:11} {text}" for name, text in _progress(run)))
+        blocks = [[("job", f"{_job(run)}: SLURM has forgotten it, so it has ended some time ago"), *_progress(run)]]
+    print("\n\n".join("\n".join(f"{name:11} {text}" for name, text in block) for block in blocks))
     return int(any(state.ended and state.state != "COMPLETED" for state in states))
 
 
@@ -88,12 +86,13 @@ def stop(argv: Sequence[str]) -> int:
     parser.add_argument("--wait", type=float, default=600, metavar="S", help="seconds at most (default: 600)")
     options = parser.parse_args(argv)
     run = _run(options.run)
-    told: set[str] = set()
+    told: set[tuple[str, int, str]] = set()
     deadline = time.monotonic() + options.wait
     while active := [state for state in _states(run) if not state.ended]:
         for state in active:
-            if said := "" if state.id in told else _ask_to_end(run, state):
-                told.add(state.id)
+            this = (state.id, state.restarts, state.state)  # SLURM may queue it again meanwhile, for a node that died
+            if said := "" if this in told else _ask_to_end(run, state):
+                told.add(this)
                 print(f"job {state.id}: {said}", flush=True)
         if time.monotonic() > deadline:
             print(f"not ended after {options.wait:.0f} s: {', '.join(s.id for s in active)}", file=sys.stderr)
@@ -102,8 +101,7 @@ def stop(argv: Sequence[str]) -> int:
     if not told:
         print(f"job {_job(run)} has ended already")
         return 0
-    for name, text in _progress(run):
-        print(f"{name:11} {text}")
+    status([str(run)])
     print(f"go on with  python -m launch resume {shlex.quote(os.path.relpath(run))}")
     return 0
 

@@ -36,7 +36,12 @@ class JobState:
 
     @property
     def id(self) -> str:
-        """SLURM's number; each task of an array has its own once it has started."""
+        """The number by which SLURM knows it, as 12, or 12_3 for a task of an array.
+
+        A task also has a plain number of its own, but the last one shares that with the whole array.
+        """
+        if self.index.isdecimal():
+            return f"{self.fields.get('ArrayJobId', self.fields['JobId'])}_{self.index}"
         return self.fields["JobId"]
 
     @property

@@ -103,6 +103,8 @@ def render(job: JobScript) -> str:
         "command": " ".join(job.command.splitlines()),
         "directives": "\n".join(f"#SBATCH {line}" for line in _directives(job)),
         "setup": f"\n# shellcheck source=/dev/null\n. {shlex.quote(job.setup)}" if job.setup else "",
+        # SLURM's number of a task may also be that of the whole array.
+        "job": '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if job.array else "$SLURM_JOB_ID",
         "run": shlex.quote(str(job.run)) + ('/"$SLURM_ARRAY_TASK_ID"' if job.array else ""),
         "recipe": _words(job.recipe),
         "config": shlex.quote(job.config),

@@ -12,6 +12,7 @@ set -uo pipefail
 # Steps get this shell's variables: those of your login, and those that --export names. Not those of the terminal.
 export SLURM_EXPORT_ENV=ALL@@{setup}
 
+job=@@{job}
 run=@@{run}
 recipe=(@@{recipe} --run.dir "$run")
 launcher=(--config_file @@{config})
@@ -27,7 +28,7 @@ trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step"' USR1
 
 # Queued again too often without a new checkpoint? Each start enters the newest one.
 mkdir -p "$run/slurm"
-starts=$run/slurm/starts-$SLURM_JOB_ID
+starts=$run/slurm/starts-$job
 printf '%s\n' "$run"/checkpoints/step_* | tail -n 1 >> "$starts"
 [ "$(tail -n 1 "$starts" | grep -cxFf - "$starts")" -le @@{starts} ] || fail "@@{starts} starts without a new checkpoint"
 
@@ -48,7 +49,7 @@ srun test -d "$run/slurm" || fail "not every node sees $run: it must lie on a fi
 
 # `launch run` keeps the ranks of its node: it hands signals on, leaves no process behind, and ends with their exit code
 # (0 finished, 2 a mistake, 75 stopped and saved). 75 it tells by a file, for srun would end the other nodes meanwhile.
-saved=$run/slurm/saved-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+saved=$run/slurm/saved-$job-${SLURM_RESTART_COUNT:-0}
 code=75
 if [ -z "$asked" ]; then
     "${everywhere[@]}" "${python[@]}" -m launch run --label --grace @@{grace} --resumable "$saved" -- \
@@ -63,11 +64,11 @@ fi
 
 # Stopped and able to go on: back into the queue, unless `launch stop` asked for it, or SLURM has started this job anew
 # meanwhile because it had lost sight of this node.
-[ "$code" = 75 ] && [ ! -e "$run/slurm/stop-$SLURM_JOB_ID" ] || exit "$code"
+[ "$code" = 75 ] && [ ! -e "$run/slurm/stop-$job" ] || exit "$code"
 for _ in {1..60}; do  # its controller may be away for a while
-    start=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'Restarts=[0-9]*')
+    start=$(scontrol show job "$job" | grep -o 'Restarts=[0-9]*')
     [ -z "$start" ] || [ "$start" = "Restarts=${SLURM_RESTART_COUNT:-0}" ] || exit 2
-    [ -n "$start" ] && scontrol requeue "$SLURM_JOB_ID" && echo "stopped and saved: queued again" && break
+    [ -n "$start" ] && scontrol requeue "$job" && echo "stopped and saved: queued again" && break
     sleep 5
 done
 exit "$code"

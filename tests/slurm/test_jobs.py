@@ -204,14 +204,18 @@ def test_a_node_that_was_given_up_comes_back(submit: Submit, job: list[str], ref
 
 def test_an_array_of_seeds(submit: Submit, job: list[str], reference: Reference) -> None:
     runs = submit(["--processes", "1", "--array", "1-3"], job)
+    runs.until(lambda: last_step(runs.run / "3") >= 5)
+    runs.cluster.call("scancel", "--batch", "--signal=USR1", f"{runs.id}_3")
     runs.until(lambda: len(list(runs.run.glob("*/report.html"))) == 3, 150)
     for seed in ("1", "2", "3"):
         assert report(runs.run / seed)["status"] == "finished"
         assert curve(runs.run / seed) == curve(reference([*job, "--run.seed", seed], 1))
     assert len({str(curve(runs.run / seed)) for seed in ("1", "2", "3")}) == 3
+    ends = {seed: [attempt.status for attempt in Attempts(runs.run / seed).read()] for seed in ("1", "2", "3")}
+    assert ends == {"1": ["finished"], "2": ["finished"], "3": ["interrupted", "finished"]}
     runs.until(lambda: "running" not in runs.launch("status", str(runs.run)), 30)
     assert runs.launch("status", str(runs.run)).count(": completed") == 3
-    assert "stop  " not in runs.launch("stop", str(runs.run))
+    assert "has ended already" in runs.launch("stop", str(runs.run))
 
 
 def test_the_time_limit(limited: Job) -> None:

@@ -285,7 +285,7 @@ SHOWN = (
 
 def test_a_job_as_slurm_shows_it() -> None:
     state = slurm_client.JobState(slurm_client._fields(SHOWN))
-    assert (state.id, state.index, state.state, state.restarts, state.ended) == ("13", "0", "RUNNING", 2, False)
+    assert (state.id, state.index, state.state, state.restarts, state.ended) == ("12_0", "0", "RUNNING", 2, False)
     assert (state.seconds("RunTime"), state.seconds("TimeLimit")) == (86407, None)
     assert state.fields["JobName"] == "a b"
     assert state.fields["NodeList"] == "node[1-2]"
