@@ -61,7 +61,7 @@ class Network:
 
     def inside(self, host: int, core: int) -> list[str]:
         """What goes before a command so that it runs on a host, held to one core. It stays the same process."""
-        return ["ip", "netns", "exec", self._host(host), "taskset", "-c", str(core)]
+        return ["ip", "netns", "exec", self.space(host), "taskset", "-c", str(core)]
 
     def shape(self, rate: int | None) -> None:
         """Hold each link to `rate` bits a second, in both directions; None takes the limit away.
@@ -70,7 +70,7 @@ class Network:
         waiting.
         """
         for host in range(self.size):
-            for space, device in ((self._host(host), INTERFACE), (self._hub, f"port{host}")):
+            for space, device in ((self.space(host), INTERFACE), (self.hub, f"port{host}")):
                 present = "tbf" in _run("tc", "-n", space, "qdisc", "show", "dev", device, "root")
                 if rate is not None:
                     burst, queue = max(rate // 800, 65536), rate // 8
@@ -80,22 +80,24 @@ class Network:
                     _run("tc", "-n", space, "qdisc", "del", "dev", device, "root")
 
     @property
-    def _hub(self) -> str:
+    def hub(self) -> str:
+        """The namespace of the bridge, on which host 0 hangs at `port0`, and so on."""
         return f"{self._prefix}-hub"
 
-    def _host(self, host: int) -> str:
+    def space(self, host: int) -> str:
+        """The namespace of a host."""
         return f"{self._prefix}-{host}"
 
     def _make(self) -> None:
-        self._add(self._hub)
-        _run("ip", "-n", self._hub, "link", "add", "bridge", "type", "bridge")
-        _run("ip", "-n", self._hub, "link", "set", "bridge", "up")
+        self._add(self.hub)
+        _run("ip", "-n", self.hub, "link", "add", "bridge", "type", "bridge")
+        _run("ip", "-n", self.hub, "link", "set", "bridge", "up")
         for host in range(self.size):
-            space, port = self._host(host), f"port{host}"
+            space, port = self.space(host), f"port{host}"
             self._add(space)
             peer = ("peer", "name", INTERFACE, "netns", space)
-            _run("ip", "-n", self._hub, "link", "add", port, "type", "veth", *peer)
-            _run("ip", "-n", self._hub, "link", "set", port, "master", "bridge", "up")
+            _run("ip", "-n", self.hub, "link", "add", port, "type", "veth", *peer)
+            _run("ip", "-n", self.hub, "link", "set", port, "master", "bridge", "up")
             _run("ip", "-n", space, "address", "add", f"{self.address(host)}/24", "dev", INTERFACE)
             for device in ("lo", INTERFACE):
                 _run("ip", "-n", space, "link", "set", device, "up")

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What is passed on."""
@@ -54,7 +53,7 @@ class Parent:
         self._child = 0
         self._leave = contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Parent:
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._leave.callback(_prctl, PR_SET_CHILD_SUBREAPER, 0)
         for number in SIGNALS:

@@ -1,4 +1,4 @@
-"""`python -m launch run [--restarts N] [--grace SECONDS] -- …`: `accelerate launch` with the words after the dashes.
+"""`python -m launch run [OPTIONS] -- …`: `accelerate launch` with the words after the dashes.
 
 Around it stands a parent that adds what accelerate leaves out:
 
@@ -7,6 +7,9 @@ Around it stands a parent that adds what accelerate leaves out:
 - after a crash all ranks are started again, up to N times;
 - the exit code is the recipe's own, of which accelerate makes 1: 0; 2 after a mistake of the user; 75 where the run was
   stopped and can go on (by a signal, or because it hung); 1 after anything else; 128 + n after a second signal n;
+- with `--resumable FILE`, 75 is told by that file, and the exit code is 0: for `srun --kill-on-bad-exit`, which would
+  end the other nodes before they have ended by themselves;
+- with `--label`, each line that a rank prints begins with its number;
 - on one node, the ranks meet through files and loopback, so that no port must be free, or open to others;
 - no process is left, and none outlives this one for longer than a step and a save.
 
@@ -21,7 +24,7 @@ import os
 import re
 import sys
 import tempfile
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,12 +43,18 @@ ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 def main(argv: Sequence[str]) -> int:
     """Run `accelerate launch` with these words, again after a crash if asked; the exit code of the last run."""
     parser = ArgumentParser(
-        prog="python -m launch run", usage="%(prog)s [--restarts N] [--grace SECONDS] -- …", allow_abbrev=False
+        prog="python -m launch run",
+        usage="%(prog)s [--restarts N] [--grace SECONDS] [--label] [--resumable FILE] -- …",
+        allow_abbrev=False,
     )
     parser.description = "Run `accelerate launch` with the words after the dashes."
     parser.add_argument("--restarts", type=int, default=0, metavar="N", help="at most, after crashes (default: 0)")
     parser.add_argument(
         "--grace", type=float, default=60, metavar="SECONDS", help="to save in, after a signal (default: 60)"
+    )
+    parser.add_argument("--label", action="store_true", help="begin each line with the rank that printed it")
+    parser.add_argument(
+        "--resumable", metavar="FILE", help="make this file, and end with 0, where the run can go on (instead of 75)"
     )
     dashes = argv.index("--") if "--" in argv else len(argv)
     options, others = parser.parse_known_args(argv[:dashes])
@@ -57,7 +66,11 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--restarts is at least 0, and --grace more than 0")
     if "max_restarts" in _launcher_options(words):
         parser.error("--max_restarts restarts ranks that cannot meet again: use --restarts before the dashes")
-    return _run(words, options.restarts, options.grace)
+    code = _run(words, options)
+    if code == RESUMABLE and options.resumable:
+        Path(options.resumable).touch()
+        return 0
+    return code
 
 
 def verdict(codes: set[int], ended_well: bool, asked: bool) -> int:
@@ -92,34 +105,39 @@ def several_nodes(words: Sequence[str]) -> bool:
     return number.isdecimal() and int(number) > 1
 
 
-def _run(words: Sequence[str], restarts: int, grace: float) -> int:
-    with tempfile.TemporaryDirectory(prefix="launch-") as folder, Parent(grace) as parent:
+def _run(words: Sequence[str], options: Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder, Parent(options.grace) as parent:
         for attempt in itertools.count(1):
             place = Path(folder) / str(attempt)
             place.mkdir()
-            ended_well = parent.run(_command(words), _environment(words, place, grace))
+            ended_well = parent.run(_command(words, place, options), _environment(words, place, options))
             if parent.insisted:
                 return 128 + parent.insisted
             code = verdict(_codes(place), ended_well, bool(parent.asked))
-            if code in (0, USER_ERROR) or parent.asked or attempt > restarts:
+            if code in (0, USER_ERROR) or parent.asked or attempt > options.restarts:
                 return code
             what = "stopped itself" if code == RESUMABLE else "crashed"
-            print(f"launch: the job {what}; restart {attempt} of {restarts}", file=sys.stderr, flush=True)
+            print(f"launch: the job {what}; restart {attempt} of {options.restarts}", file=sys.stderr, flush=True)
     raise AssertionError
 
 
-def _command(words: Sequence[str]) -> list[str]:
-    return [*ACCELERATE, *(() if several_nodes(words) else THROUGH_FILES), *words]
+def _command(words: Sequence[str], place: Path, options: Namespace) -> list[str]:
+    meeting = () if several_nodes(words) else THROUGH_FILES
+    # Through the launcher, which begins each line with the rank; it keeps what it has passed on in that folder.
+    labels = ("--tee", "3", "--log_dir", str(place / "logs")) if options.label else ()
+    return [*ACCELERATE, *meeting, *labels, *words]
 
 
-def _environment(words: Sequence[str], place: Path, grace: float) -> dict[str, str]:
+def _environment(words: Sequence[str], place: Path, options: Namespace) -> dict[str, str]:
     """That of the ranks and their launcher; `place` is an empty folder."""
     (place / "codes").mkdir()
     said = {
         "TOOLKIT_EXIT_CODES": str(place / "codes"),
         "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(options.grace)),
     }
+    if options.label:
+        said["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
     if several_nodes(words):
         return os.environ | said
     said |= {

@@ -1,7 +1,9 @@
-"""Fine-tune an encoder to put texts into classes.
+"""Fine-tune an encoder to put texts, or pairs of them, into classes; to give them several labels, or numbers.
 
 $ accelerate launch recipes/bert_cls.py
 $ accelerate launch recipes/bert_cls.py --data.name reviews.csv --data.text review --data.label stars
+$ accelerate launch recipes/bert_cls.py --config configs/bert_cls/boolq.yaml
+$ accelerate launch recipes/bert_cls.py --config configs/bert_cls/snippets.yaml
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ from toolkit.config import (
     Quantization,
     RunConfig,
     StrategyConfig,
+    TextAugmentConfig,
     TextDataConfig,
     TrainConfig,
 )
-from toolkit.data import text_classification
-from toolkit.data.summary import majority, plan_rows, report_facts
+from toolkit.data import labelled_texts
+from toolkit.data.summary import majority, plan_rows, predict_example, report_facts
+from toolkit.data.text_augment import text_augmentation
 from toolkit.models import input_limits, load_classifier, load_tokenizer, width
 from toolkit.session import Session
 from toolkit.start import start
-from toolkit.tasks import Classification
+from toolkit.tasks import PROBLEMS, text_task
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: TextDataConfig = TextDataConfig()
+    augment: TextAugmentConfig = TextAugmentConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     precision: Precision = "auto"
@@ -51,11 +56,14 @@ def main(config: Config) -> None:
     """The whole run."""
     with Session("bert_cls", config) as session:
         tokenizer = load_tokenizer(config.model)
-        data = text_classification(config.data, tokenizer)
-        model = load_classifier(config.model, data.labels, seed=config.run.seed)
+        data = labelled_texts(config.data, tokenizer)
+        problem = PROBLEMS[config.data.target]
+        model = load_classifier(config.model, data.labels, seed=config.run.seed, problem=problem)
         model = add_adapter(model, config.adapter, seed=config.run.seed, low_bit=session.low_bit)
         limits = input_limits(model, config.data.max_length)
-        task = Classification(data.labels, tokenizer, config.train.label_smoothing, **limits)
+        pairs = config.data.text_pair is not None
+        augment = text_augmentation(config.augment, tokenizer, seed=config.run.seed, limits=limits, pairs=pairs)
+        task = text_task(config.data.target, data, tokenizer, config.train.label_smoothing, augment=augment, **limits)
 
         options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows, "width": width(model)}
         train, validation, test = session.loaders(task, data.train, data.validation, data.test, **options)
@@ -70,7 +78,7 @@ def main(config: Config) -> None:
         for step in session.steps(train, validation):  # evaluates, saves, goes on after a kill, stops on a signal
             session.log(step, session.train_step(step))
         after = session.evaluate(test, "test")
-        session.finish(before=before, test=after, majority=majority(data))
+        session.finish(before=before, test=after, majority=majority(data), predict=predict_example(config.data))
 
 
 if __name__ == "__main__":

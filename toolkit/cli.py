@@ -40,12 +40,14 @@ class Command:
         add_arguments: adds its options to a parser.
         run: does it, and returns the exit code; a mistake of the user is a `ToolkitError`.
         passes_on: options that it does not know are not refused, but given to `run` as `rest`.
+        takes_more: words behind -- are not its own, but given to `run` as `rest`.
     """
 
     summary: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int]
     passes_on: bool = False
+    takes_more: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,11 @@ def _run_command(command: Command, program: str, words: list[str]) -> int:
         arguments, rest = parser.parse_known_args(words)
         arguments.rest = rest
         return command.run(arguments)
+    if command.takes_more:
+        own = words.index("--") if "--" in words else len(words)
+        arguments = parser.parse_args(words[:own])
+        arguments.rest = words[own + 1 :]
+        return command.run(arguments)
     # Intermixed, or `RUN --json TEXT` would end at the option: argparse gives `*` nothing before it.
     return command.run(parser.parse_intermixed_args(words))
 
@@ -165,12 +172,13 @@ class _Parser(ArgumentParser):
         raise ConfigError(f"{message}.{hint}", f"See `{self.prog} --help`.")
 
 
-def _of_module(summary: str, module: str) -> Command:
+def _of_module(summary: str, module: str, *, takes_more: bool = False) -> Command:
     """A command that a module holds, as its `add_arguments` and `run`; imported when the first of them is called."""
     return Command(
         summary,
         lambda parser: importlib.import_module(module).add_arguments(parser),
         lambda arguments: int(importlib.import_module(module).run(arguments)),
+        takes_more=takes_more,
     )
 
 
@@ -223,7 +231,12 @@ COMMANDS: dict[str, Command | Group] = {
     "checkpoint": Group(
         "list, verify, export, convert or remove the checkpoints of a run", "toolkit.checkpoint.commands"
     ),
-    "data": Group("show what a recipe makes of its data", "toolkit.data_commands"),
+    "data": Group("clean and split data into files; show what a recipe makes of them", "toolkit.data_commands"),
+    "doctor": _of_module(
+        "find what would stop or slow a job, on this or several nodes",
+        "toolkit.doctor.command",
+        takes_more=True,
+    ),
     "gguf": _of_module("write a language model as one GGUF file for llama.cpp, and prove it", "toolkit.gguf.command"),
     "matrix": _of_module(
         "list which strategies, quantizations and adapters go together, and why not", "toolkit.matrix"

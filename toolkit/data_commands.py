@@ -1,7 +1,8 @@
-"""`toolkit data`: look at what a recipe makes of its data."""
+"""`toolkit data`: clean and split data into files, and look at what a recipe makes of it."""
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 from argparse import ArgumentParser, Namespace
@@ -28,5 +29,14 @@ def _show(arguments: Namespace) -> int:
 
 
 _SUMMARY = "show training samples as the model would see them: what is learnt, given, padding"
-COMMANDS = {"show": (_SUMMARY, _show_arguments, _show, True)}
+_PREPARE = "collect, clean and split rows into files, with a page that says what was taken out and why"
+COMMANDS = {
+    "prepare": (
+        _PREPARE,
+        lambda parser: importlib.import_module("toolkit.prepare").add_arguments(parser),
+        lambda arguments: int(importlib.import_module("toolkit.prepare").run(arguments)),
+        True,
+    ),
+    "show": (_SUMMARY, _show_arguments, _show, True),
+}
 """Name → summary, arguments, what it does, and whether it takes options that it does not know."""

@@ -100,6 +100,8 @@ def train_step(
             strategy.backward(part)
         return part.detach()
 
+    with span("forward"):
+        task.survey(step.micro_batches, lambda batch: strategy.forward(batch.to(world.device).inputs), world)
     for index, batch in enumerate(step.micro_batches):
         with strategy.micro_batch(last=index + 1 == len(step.micro_batches)):
             if graphs is None:
@@ -148,6 +150,7 @@ def evaluate(
             counts[name] = counts[name] + count if name in counts else count
         skipped += batch.skipped
         on_batch(done)
+    counts |= task.conclude(strategy.world)
     metrics = task.metrics({name: strategy.world.sum(count) for name, count in counts.items()})
     return metrics | {"skipped": list(itertools.chain.from_iterable(strategy.world.gather(skipped)))}
 

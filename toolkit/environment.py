@@ -74,6 +74,26 @@ class Ranks:
 
 
 @dataclass(frozen=True)
+class Job:
+    """The job of a scheduler that this process belongs to.
+
+    Attributes:
+        id: SLURM's number of it; empty outside of a job.
+        start: how often it was queued again before this start.
+    """
+
+    id: str = ""
+    start: int = 0
+
+    @staticmethod
+    def read(environment: Environment | None = None) -> Job:
+        """The job in `environment`, this process's own by default."""
+        env = _own(environment)
+        start = env.get("SLURM_RESTART_COUNT", "")
+        return Job(env.get("SLURM_JOB_ID", ""), int(start) if start.isdecimal() else 0)
+
+
+@dataclass(frozen=True)
 class Launcher:
     """What `accelerate launch` asked for, read from the environment that it sets.
 

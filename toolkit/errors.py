@@ -52,6 +52,10 @@ class LaunchError(ToolkitError):
     """Processes that were started in a way in which they cannot train together."""
 
 
+class FencedError(LaunchError):
+    """Another process has taken over the run: this one must write nothing more to its folder."""
+
+
 class NumericsError(ToolkitError):
     """A loss or gradient that is not finite, with the step, the rank and the samples at fault."""
 

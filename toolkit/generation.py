@@ -1,14 +1,39 @@
-"""Text that a model in training goes on with: a look at what it has learnt, under every strategy."""
+"""What a model in training writes, under every strategy: behind a few prompts, or for each sample of a split."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from toolkit.config import DecodeConfig
+from toolkit.encoder_decoders import language_token, start_token
+from toolkit.errors import ConfigError
 from toolkit.strategies import Strategy
+from toolkit.tasks import PairBatch
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote for a sample.
+
+    Attributes:
+        id: of the sample.
+        source: what it was given.
+        target: what was wanted.
+        text: what it wrote, without special tokens.
+    """
+
+    id: int
+    source: str
+    target: str
+    text: str
 
 
 def beginning(text: str, tokenizer: Any) -> list[int]:
@@ -73,3 +98,89 @@ def _draw(logits: torch.Tensor, temperature: float, generator: torch.Generator) 
         return logits.argmax(-1).tolist()
     chances = torch.softmax(logits / temperature, -1)
     return torch.multinomial(chances, 1, generator=generator).squeeze(1).tolist()
+
+
+def write_as(
+    model: nn.Module, tokenizer: Any, config: DecodeConfig, *, tokens: int, ends: Collection[int] = ()
+) -> None:
+    """Let a model, and all that load what is saved of it, write in this way and no other; nothing is drawn.
+
+    Args:
+        model: an encoder–decoder, or a decoder.
+        tokenizer: of the model.
+        config: with how many beams.
+        tokens: of a text, at most.
+        ends: tokens that end a text, beside the tokenizer's own.
+
+    Raises:
+        ConfigError: a length penalty without beams.
+    """
+    penalty = config.length_penalty
+    if penalty is not None and config.beams == 1:
+        raise ConfigError(
+            f"--generate.length_penalty {penalty:g} has no effect on one beam",
+            "Drop it, or set --generate.beams.",
+        )
+    described: Any = model
+    encodes = described.config.is_encoder_decoder
+    language = language_token(tokenizer) if encodes else None
+    described.generation_config = GenerationConfig(
+        do_sample=False,
+        num_beams=config.beams,
+        length_penalty=1.0 if penalty is None else penalty,
+        max_new_tokens=tokens,
+        eos_token_id=sorted({tokenizer.eos_token_id, *ends}),
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **({"decoder_start_token_id": start_token(model)} if encodes else {}),
+        **({} if language is None else {"forced_bos_token_id": language}),
+    )
+
+
+@torch.no_grad()
+def write_each(
+    strategy: Strategy,
+    batches: Iterable[PairBatch],
+    tokenizer: Any,
+    *,
+    beams: int | None = None,
+    on_token: Callable[[], None] = lambda: None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> list[Written]:
+    """What the model writes for each sample, in the order of their ids. Collective; alike on every rank.
+
+    Args:
+        strategy: holds the model, which `write_as` has told how to write.
+        batches: of this rank; every rank has as many, and each sample is in one of them.
+        tokenizer: of the model.
+        beams: another number than the model's own.
+        on_token: called before each token of a batch.
+        on_batch: called with the number of batches done, for progress.
+    """
+    strategy.set_training(False)
+    described: Any = strategy.module
+    options: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([_Watched(on_token)])}
+    if beams is not None:
+        options["num_beams"] = beams
+    written: list[Written] = []
+    for done, batch in enumerate(batches, start=1):
+        inputs = {name: value.to(strategy.world.device) for name, value in batch.prompts.items()}
+        found = strategy.generate(inputs, **options)
+        if not described.config.is_encoder_decoder:
+            found = found[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(found.tolist(), skip_special_tokens=True)
+        samples = zip(batch.ids, batch.sources, batch.targets, texts, strict=False)  # a filler has no id
+        written += [Written(id_, source, target, text.strip()) for id_, source, target, text in samples]
+        on_batch(done)
+    every = itertools.chain.from_iterable(strategy.world.gather(written))
+    return sorted(every, key=lambda one: one.id)
+
+
+class _Watched(StoppingCriteria):  # type: ignore[misc]
+    """Stops nothing; tells that another token is there."""
+
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token = on_token
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._on_token()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

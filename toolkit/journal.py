@@ -74,7 +74,7 @@ class Journal:
     def write_report(self) -> None:
         """Write report.json and report.html. For rank 0 alone."""
         self._folder.write_report(self.report)
-        write_html(self._folder.path)
+        write_html(self._folder)
 
     def write_card(self) -> None:
         """Write the README of the saved model. For rank 0 alone, after the report."""

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi
@@ -19,21 +19,31 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
 )
 
 from toolkit import samples
-from toolkit.config import DecoderConfig, ImageModelConfig, ModelConfig
+from toolkit.config import DecoderConfig, EncoderDecoderConfig, ImageModelConfig, ModelConfig
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.networks import architecture
 from toolkit.sharing import once_a_node
 
+AnyModelConfig = ModelConfig | DecoderConfig | EncoderDecoderConfig | ImageModelConfig
 HUB_PATIENCE = 20.0
 """Seconds that the hub has to answer in."""
 _OTHER_MODELS = f"Models that need no hub: {', '.join('sample:' + name for name in samples.names('model'))}."
+
+Head = Literal["texts", "tokens", "spans"]
+_HEADS: dict[Head, Any] = {
+    "texts": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "spans": AutoModelForQuestionAnswering,
+}
 
 POSITION_TABLES = frozenset({"position_embeddings", "embed_positions", "positions_embed", "wpe"})
 """How the networks of transformers call the embedding of a token's place in its text, where they learn one."""
@@ -54,7 +64,7 @@ class Origin:
     drawn: tuple[str, ...]
 
 
-def load_tokenizer(config: ModelConfig | DecoderConfig, *, pads: bool = True) -> Any:
+def load_tokenizer(config: AnyModelConfig, *, pads: bool = True) -> Any:
     """The tokenizer of the model, as transformers' fast tokenizer.
 
     Args:
@@ -83,18 +93,27 @@ def load_tokenizer(config: ModelConfig | DecoderConfig, *, pads: bool = True) ->
     return tokenizer
 
 
-def load_classifier(config: ModelConfig, labels: Sequence[str], *, seed: int) -> nn.Module:
-    """A sequence classifier with one output for each label, in fp32 on the CPU.
+def load_classifier(
+    config: ModelConfig, labels: Sequence[str], *, seed: int, of: Head = "texts", problem: str | None = None
+) -> nn.Module:
+    """A network with one output for each label, in fp32 on the CPU: of a text, of each token, or the ends of a span.
 
     The head (and, with `init: random`, the whole network) is drawn from `seed`, so that all ranks hold the same. A
     head for another number of labels, from an earlier training, is replaced.
+
+    Args:
+        config: where the network is.
+        labels: names of the outputs.
+        seed: of what is drawn.
+        of: what each has the outputs.
+        problem: `problem_type` in the saved configuration, for those who read it; None for one class of a text.
 
     Raises:
         ModelError: the model is not there or cannot classify.
         ConfigError: `freeze` matches nothing, or everything.
     """
-    load = functools.partial(_load_classifier, config, labels, AutoModelForSequenceClassification, {}, seed=seed)
-    return once_a_node(repr((config, list(labels), seed)), load)
+    load = functools.partial(_load_classifier, config, labels, _HEADS[of], {"problem_type": problem}, seed=seed)
+    return once_a_node(repr((config, list(labels), seed, of, problem)), load)
 
 
 def load_pretrained_image_classifier(
@@ -106,7 +125,7 @@ def load_pretrained_image_classifier(
 
 
 def _load_classifier(
-    config: ModelConfig | ImageModelConfig, labels: Sequence[str], auto: Any, sizes: Mapping[str, int], *, seed: int
+    config: ModelConfig | ImageModelConfig, labels: Sequence[str], auto: Any, more: Mapping[str, Any], *, seed: int
 ) -> nn.Module:
     source, options = source_of(config)
     classes = dict(enumerate(labels))
@@ -120,7 +139,7 @@ def _load_classifier(
             num_labels=len(labels),
             id2label=classes,
             label2id={label: index for index, label in classes.items()},
-            **sizes,
+            **more,
             **options,
         )
         network.dtype = torch.float32
@@ -287,7 +306,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def source_of(config: ModelConfig | DecoderConfig | ImageModelConfig) -> tuple[str, dict[str, Any]]:
+def source_of(config: AnyModelConfig) -> tuple[str, dict[str, Any]]:
     """Where a model lies, and what `from_pretrained` is to be told beside."""
     assert config.name is not None, "a new network lies nowhere"
     source = locate(config.name)
@@ -352,7 +371,7 @@ def _is_rate(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def unreadable(config: ModelConfig | DecoderConfig | ImageModelConfig, what: str, error: Exception) -> ModelError:
+def unreadable(config: AnyModelConfig, what: str, error: Exception) -> ModelError:
     """That there is no such `what` under a model's name, and what to do."""
     return ModelError(
         f"no {what} could be loaded from --model.name {config.name}: {first_line(error)}",

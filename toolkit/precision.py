@@ -142,12 +142,12 @@ class Reduced:
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The model's outputs."""
-        with self._in_force():
+        with self.in_force():
             return self.model(**{name: self._to_dtype(value) for name, value in inputs.items()})
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backpropagate; what is computed a second time for that is computed with the copies too."""
-        with self._in_force():
+        with self.in_force():
             loss.backward()  # type: ignore[no-untyped-call]
 
     def forget(self) -> None:
@@ -155,7 +155,8 @@ class Reduced:
         self._copies = {}
 
     @contextlib.contextmanager
-    def _in_force(self) -> Iterator[None]:
+    def in_force(self) -> Iterator[None]:
+        """Inside, the model computes with the copies."""
         # Not torch's functional_call, which looks for all parameters each time (5 ms in a profile of BERT-base).
         grad = torch.is_grad_enabled()
         if grad not in self._copies:
@@ -172,5 +173,6 @@ class Reduced:
             for owner, name, parameter in self._places:
                 owner[name] = parameter
 
-    def _to_dtype(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.dtype) if tensor.dtype == torch.float32 else tensor
+    def _to_dtype(self, value: Any) -> Any:
+        """What is no tensor, as keys and values of tokens that were there before, is in it already."""
+        return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value

@@ -24,8 +24,7 @@ def preview(task: Task, batches: Iterable[Batch], tokenizer: Any, samples: int) 
     for batch in batches:
         if not batch.ids or samples <= 0:
             continue
-        ids, mask = batch.inputs["input_ids"].tolist(), batch.inputs["attention_mask"].bool().tolist()
-        learnt = task.learnt(batch).tolist()
+        ids, mask, learnt = (tensor.tolist() for tensor in task.shown(batch))
         # Rows of a sample stand together: two of a pair, any number of texts that are packed into one.
         rows = min(len(ids), math.ceil(samples * len(ids) / len(batch.ids)))
         for row in range(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -17,8 +18,12 @@ from toolkit.checkpoint.store import Store
 from toolkit.config import CheckpointConfig
 from toolkit.data.loader import Loader, Step
 from toolkit.errors import CheckpointError
+from toolkit.lease import Lease
 from toolkit.strategies import Strategy
 from toolkit.world import World
+
+LEDGER_CHECKS = 5.0
+"""Seconds for which a rank takes an answer about the lease to hold for its ledger, which nobody else writes to."""
 
 
 class Recovery:
@@ -26,6 +31,7 @@ class Recovery:
 
     Args:
         run: its folder.
+        lease: of this start.
         strategy: holds the training state; set up.
         world: connected ranks.
         config: how often to save, and what to keep.
@@ -39,21 +45,23 @@ class Recovery:
     def __init__(
         self,
         run: Path,
+        lease: Lease,
         strategy: Strategy,
         world: World,
         config: CheckpointConfig,
         facts: Mapping[str, Any],
         warn: Callable[[str], None],
     ) -> None:
-        self.store = Store(run)
+        self.store = Store(run, lease.check)
         self.saved: int | None = None
         self.attempt = 0
         self._run = run
+        self._lease = lease
         self._strategy = strategy
         self._world = world
         self._config = config
         self._warn = warn
-        self._attempts = Attempts(run)
+        self._attempts = Attempts(run, lease.check)
         self._ledger: Ledger | None = None
         self._saver: Saver | None = None
         layout = world.gather({name: (shard.shape, str(shard.data.dtype)) for name, shard in strategy.saved().items()})
@@ -128,7 +136,8 @@ class Recovery:
             return self._attempts.begin(from_step, ranks=self._world.size, **facts)
 
         self.attempt = self._world.on_main(begin)
-        self._ledger = Ledger(self._run, self.attempt, self._world.rank)
+        guard = functools.partial(self._lease.check, LEDGER_CHECKS)
+        self._ledger = Ledger(self._run, self.attempt, self._world.rank, guard)
         if self._saver is None:
             self._saver = Saver(
                 self.store,

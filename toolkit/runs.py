@@ -37,6 +37,9 @@ SAFE = (
 )
 """Keys and sections with which a run can go on in another way, where `--checkpoint.allow_change` says so."""
 
+OF_THE_JOB = "slurm"
+"""What `python -m launch slurm` has put into a run's folder before the run begins: its script and its output."""
+
 LOCK_SECONDS = 30
 """How long to wait for the run's former process to end: a launcher restarts at once."""
 
@@ -172,7 +175,8 @@ def _named(path: Path, config: Any) -> Run:
         return Run(path)
     if not path.is_dir():
         raise CheckpointError(f"--run.dir {path} is a file", "Name a folder.")
-    if all(entry.name.startswith(".") for entry in path.iterdir()):  # the lock, and a file that was not finished
+    # The lock, a lease, a file that was not finished; and the script of the job that this is.
+    if all(entry.name.startswith(".") or entry.name == OF_THE_JOB for entry in path.iterdir()):
         return Run(path)
     folder = RunFolder(path)
     if not folder.config_path.exists():

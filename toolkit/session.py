@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,11 +32,14 @@ from toolkit.compute import (
 from toolkit.config import AdapterConfig, CheckpointConfig, GenerateConfig, RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
 from toolkit.engine import StepResult, evaluate, train_step
-from toolkit.environment import launched
-from toolkit.errors import CheckpointError, ConfigError, DataError, NumericsError, ToolkitError
-from toolkit.generation import beginning, continue_texts
+from toolkit.environment import Job, launched
+from toolkit.errors import CheckpointError, ConfigError, DataError, FencedError, NumericsError, ToolkitError
+from toolkit.fingerprint import code_files, package_versions
+from toolkit.generation import beginning, continue_texts, write_each
 from toolkit.graphs import Graphs, check_graphs, check_recordable
 from toolkit.journal import Journal
+from toolkit.lease import Lease, break_lock, take
+from toolkit.look import stop_looking
 from toolkit.memory import peak_bytes
 from toolkit.models import parameter_counts
 from toolkit.numerics import LossGuard
@@ -52,6 +55,7 @@ from toolkit.prompts import check_prompt
 from toolkit.quantization import checksum, describe_quantization
 from toolkit.recovery import Recovery
 from toolkit.report import Console, RunFolder, Trackers, redact, versions
+from toolkit.report.figures import figures_in
 from toolkit.runs import check_shared, find_run, lock, open_folder, refuse_begun, refuse_other_data
 from toolkit.sharing import stop_offering
 from toolkit.signals import StopRequest
@@ -60,6 +64,9 @@ from toolkit.strategies.base import TorchStrategy
 from toolkit.tasks import Task
 from toolkit.watchdog import Watchdog
 from toolkit.world import world
+
+_SHOWN = 160
+"""Characters that the screen shows of a text."""
 
 
 class Previewed(Exception):
@@ -76,6 +83,7 @@ class Session:
     Args:
         recipe: its name, which names the folder of its runs.
         config: its settings; the sections of `RecipeConfig` are read here.
+        micro_batch: samples of the largest micro-batch, where the settings name none.
 
     Attributes:
         world: this rank among the others.
@@ -92,7 +100,7 @@ class Session:
     schedule: Schedule
     total_steps: int
 
-    def __init__(self, recipe: str, config: RecipeConfig) -> None:
+    def __init__(self, recipe: str, config: RecipeConfig, *, micro_batch: int = 32) -> None:
         self.recipe = recipe
         self.config = config
         self.world = world()
@@ -103,7 +111,10 @@ class Session:
         check_prompt(self._adapter, config.train)
         if self._adapter.name != "none" and config.checkpoint.max_shard_size != CheckpointConfig().max_shard_size:
             raise ConfigError("--checkpoint.max_shard_size has no effect on an adapter, which is one file", "Drop it.")
-        self.shape: BatchShape = batch_shape(config.train.global_batch, config.train.micro_batch, self.world.size)
+        train = config.train
+        self.shape: BatchShape = batch_shape(
+            train.global_batch, train.micro_batch, self.world.size, largest=micro_batch
+        )
         self.precision = choose_precision(config.precision, self.world)
         self.strategy = choose_strategy(
             config.strategy,
@@ -164,6 +175,7 @@ class Session:
         Raises:
             ConfigError: a setting that this task does not read, or a schedule that does not fit the run.
         """
+        stop_looking()
         if self.config.train.label_smoothing and not task.smooths_labels:
             raise ConfigError(
                 f"--train.label_smoothing has no effect on the task {type(task).__name__}", "Leave it at 0."
@@ -217,6 +229,8 @@ class Session:
             self.console.samples(preview(self._task, first, tokenizer, self.config.run.show))
             raise Previewed
         self.world.connect()
+        if self.world.size > self.world.local_size:  # on one node all ranks read the same files
+            self.world.same_on_all_ranks("the code, or the version of a package,", [code_files(), package_versions()])
         self.world.same_on_all_ranks("the configuration", plain(self.config))
         self.world.same_on_all_ranks("the data", data_fingerprint)
         self.world.same_on_all_ranks("the initial weights", [checksum(p) for p in model.parameters()])
@@ -246,7 +260,9 @@ class Session:
             assert isinstance(self.strategy, TorchStrategy)
             self._graphs = Graphs(self.strategy, self._task)
         self._tokenizer = tokenizer
-        self._folder = RunFolder(self.world.on_main(self._open_folder))
+        path, number = self.world.on_main(self._open_folder)
+        self._lease = Lease(path, number)
+        self._folder = RunFolder(path, self._lease.check)
         check_shared(self.folder.path, self.world)
         self._journal = Journal(self.folder, self.config, self.console, self.world)
         self._resume(data_fingerprint, {"base": adapter.fingerprint} if adapter else {})
@@ -281,6 +297,20 @@ class Session:
         """Add facts to the report (labels, majority, data)."""
         self._journal.report |= facts
 
+    def compare(self, test: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> None:
+        """Show, and keep for the report, the figures of other models on the very test samples beside this one's."""
+        if not others:
+            return
+        self.describe(baselines=others)
+        models = [test, *others.values()]
+        rows = [
+            [figure.name, *("" if figure.key not in model else f"{model[figure.key]:,.4f}" for model in models)]
+            for figure in figures_in(*others.values())
+            if figure.better
+        ]
+        self.console.table("on the same held-out samples", ("", "this network", *others), rows)
+        self.console.note("")
+
     @property
     def steps_done(self) -> int:
         """Optimizer steps behind the weights as they are."""
@@ -293,16 +323,60 @@ class Session:
             Interrupted: a signal asked to stop; raised on all ranks after the same batch.
         """
         self._finish_profile()  # which is of steps alone
-        total = loader.forwards_of_one_pass
-
-        def on_batch(done: int) -> None:
-            self._watchdog.beat("evaluation", self._progress.step)
-            self.console.evaluation(title, done, total)
-            if done < total and self.world.sum(torch.tensor(bool(self._stop.reason))):
-                self._interrupt()
-
         self._watchdog.beat("evaluation", self._progress.step)
-        return evaluate(self.strategy, task or self._task, loader, on_batch)
+        return evaluate(self.strategy, task or self._task, loader, self._on_batch(loader, title))
+
+    def score_texts(
+        self,
+        loader: Loader,
+        title: str,
+        score: Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]],
+        *,
+        show: int = 0,
+        beams: int | None = None,
+    ) -> dict[str, Any]:
+        """Figures of what the model writes for all samples of `loader`, with progress; alike on every rank.
+
+        Args:
+            loader: of a task that gives prompts (`Seq2Seq`).
+            title: shown beside the bar.
+            score: figures of the texts that were written (first) and wanted; called on one rank.
+            show: so many of them stand on the screen and in the report.
+            beams: another number than the model's own.
+
+        Raises:
+            Interrupted: a signal asked to stop; raised on all ranks after the same batch.
+        """
+        step = self._progress.step
+        texts = write_each(
+            self.strategy,
+            loader.once(),
+            self._tokenizer,
+            beams=beams,
+            on_token=lambda: self._watchdog.beat("evaluation", step),
+            on_batch=self._on_batch(loader, title),
+        )
+        for one in texts[:: max(1, len(texts) // show)][:show] if show else ():
+            self._progress.texts.append({"step": step, "prompt": one.source, "text": one.text, "wanted": one.target})
+            given, text, wanted = (_shortened(part) for part in (one.source, one.text, one.target))
+            self.console.note(f"{given}\n  → {text}\n  wanted: {wanted}")
+        return self.world.on_main(lambda: {**score([one.text for one in texts], [one.target for one in texts])})
+
+    def _on_batch(self, loader: Loader, title: str) -> Callable[[int], None]:
+        """Between the batches of a pass over `loader`: progress, and a stop where a signal asks for it."""
+        total = loader.forwards_of_one_pass
+        return lambda done: self.progress(title, done, total)
+
+    def progress(self, title: str, done: int, total: int) -> None:
+        """Between two parts of long work beside the steps: show how far it is, and stop where a signal asks for it.
+
+        Raises:
+            Interrupted: on all ranks after the same part.
+        """
+        self._watchdog.beat("evaluation", self._progress.step)
+        self.console.evaluation(title, done, total)
+        if done < total and self.world.sum(torch.tensor(bool(self._stop.reason))):
+            self._interrupt()
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the validation split is to be evaluated after this step."""
@@ -311,10 +385,28 @@ class Session:
             return step % every == 0
         return step % self._train.steps_per_epoch == 0 or step == self.total_steps
 
-    def baseline(self, loader: Loader, title: str) -> dict[str, Any]:
-        """The metrics before training: measured once in the life of a run, and remembered when it goes on."""
+    def alive(self) -> None:
+        """Say that an evaluation gets on: for a task that takes long over one batch."""
+        self._watchdog.beat("evaluation", self._progress.step)
+
+    def baseline(
+        self,
+        loader: Loader,
+        title: str,
+        more: Callable[[], Mapping[str, Any]] = dict,
+        *,
+        task: Task | None = None,
+    ) -> dict[str, Any]:
+        """The metrics before training: measured once in the life of a run, and remembered when it goes on.
+
+        Args:
+            loader: of the test split.
+            title: shown beside the bar.
+            more: further figures, such as those of texts that the model writes.
+            task: measures in the place of the run's own.
+        """
         if self._progress.baseline is None:
-            self._progress.baseline = self.evaluate(loader, title)
+            self._progress.baseline = self.evaluate(loader, title, task=task) | {**more()}
             self._continue_texts()
         return self._progress.baseline
 
@@ -377,6 +469,8 @@ class Session:
             self._log(step, result)
 
     def _log(self, step: Step, result: StepResult) -> None:
+        if self.world.main:
+            self._lease.check()
         if result.fault:
             self._note_fault(result.fault)
             return
@@ -453,6 +547,9 @@ class Session:
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         status = "finished" if error is None else "interrupted" if stopped else "failed"
         agreed = error is None or isinstance(error, (Interrupted, ToolkitError))
+        agreed = agreed and not isinstance(
+            error, FencedError
+        )  # each rank finds out for itself, and the others may be gone
         if agreed:
             with contextlib.suppress(ToolkitError):  # `error` is told; this one would hide it
                 self._recovery.wait()
@@ -597,6 +694,7 @@ class Session:
         if step and self._recovery.saved != step:
             self._save()
         self._recovery.wait()
+        self._lease.check()  # who is fenced is not to be queued again
         if step:
             self.console.note(f"saved: the same command goes on from step {step}")
         raise Interrupted(reason)
@@ -605,6 +703,7 @@ class Session:
         """Go on where the run's newest good checkpoint left off, or begin."""
         self._recovery = Recovery(
             self.folder.path,
+            self._lease,
             self.strategy,
             self.world,
             self.config.checkpoint,
@@ -692,6 +791,7 @@ class Session:
             size=self.world.size,
             attempt=self._recovery.attempt,
             minimum=self.config.run.hang_seconds or math.inf,
+            guard=self._lease.check,
         )
 
     def _check_evaluations(self, steps_per_epoch: int) -> None:
@@ -723,14 +823,17 @@ class Session:
             device = self.world.device
             probe_gradients(model.to(device), self._task, batches[0].to(device), self.precision)
 
-    def _open_folder(self) -> Path:
-        folder = RunFolder(open_folder(self.recipe, self._run))
-        self._lock = lock(folder.path)
+    def _open_folder(self) -> tuple[Path, int]:
+        path, job = open_folder(self.recipe, self._run), Job.read()
+        break_lock(path, job)
+        self._lock = lock(path)
+        lease = take(path, job)
+        folder = RunFolder(path, lease.check)
         if not self._run.known:
             refuse_begun(folder)
             # Before all else: what a kill leaves from here on is a run to go on with.
             folder.write_config(to_yaml(self.config))
-        return folder.path
+        return path, lease.number
 
     def _write_manifest(self, data_fingerprint: str) -> None:
         self.folder.write_config(to_yaml(self.config))
@@ -748,6 +851,7 @@ class Session:
     def _save_model(self) -> None:
         if not self.config.checkpoint.save_model:
             return
+        self._lease.check()
         weights, target = self.strategy.weights(), self.folder.path / "model"
         module: Any = self.strategy.module
         if adapter_of(module):
@@ -759,3 +863,9 @@ class Session:
     def _stale(self) -> bool:
         patience = self.config.run.early_stopping
         return patience is not None and self._progress.stale >= patience
+
+
+def _shortened(text: str) -> str:
+    """On one line of the screen, or two."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]} …"

@@ -28,6 +28,7 @@ from filelock import FileLock
 from torch import nn
 
 from toolkit.environment import Ranks, store_file
+from toolkit.look import stop_looking
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,6 +49,7 @@ def once_a_node(what: str, build: Callable[[], M]) -> M:
         what: says all that the result depends on.
         build: makes a model on the CPU; where it leaves torch's generator of random numbers, all ranks go on.
     """
+    stop_looking()
     folder = _private_folder() if Ranks.read().local_size > 1 else None
     if folder is None:
         return build()

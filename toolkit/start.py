@@ -13,9 +13,9 @@ from typing import Any, TextIO, TypeVar, cast
 import transformers
 
 from toolkit import GARBAGE_THRESHOLD
-from toolkit.config import RecipeConfig, parse
-from toolkit.environment import is_main_rank, rank_name, report_exit_code
-from toolkit.errors import RESUMABLE_EXIT_CODE, USER_ERROR_EXIT_CODE, ToolkitError
+from toolkit.config import parse
+from toolkit.environment import Ranks, is_main_rank, rank_name, report_exit_code
+from toolkit.errors import RESUMABLE_EXIT_CODE, USER_ERROR_EXIT_CODE, LaunchError, ToolkitError
 from toolkit.report import Console
 from toolkit.requirements import check_versions
 from toolkit.runs import Finished
@@ -25,11 +25,19 @@ from toolkit.signals import ignore_all
 INTERRUPTED_EXIT_CODE = 130
 CLOSED_PIPE_EXIT_CODE = 141
 
-Settings = TypeVar("Settings", bound=RecipeConfig)
+Settings = TypeVar("Settings")
 
 
-def start(main: Callable[[Settings], object], config_class: type[Settings], description: str) -> None:
+def start(
+    main: Callable[[Settings], object], config_class: type[Settings], description: str, *, alone: bool = False
+) -> None:
     """Run `main` with the settings that the command line gives.
+
+    Args:
+        main: the recipe.
+        config_class: its settings.
+        description: of it, for `--help`.
+        alone: it trains nothing, and has no use for more than one process.
 
     Raises:
         SystemExit: with code 2 after a user's mistake (with `--run.debug True` the error itself is raised), 75 after
@@ -38,7 +46,7 @@ def start(main: Callable[[Settings], object], config_class: type[Settings], desc
     """
     code = 1
     try:
-        _run(main, config_class, description)
+        _run(main, config_class, description, alone)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -47,7 +55,7 @@ def start(main: Callable[[Settings], object], config_class: type[Settings], desc
         report_exit_code(code)
 
 
-def _run(main: Callable[[Settings], object], config_class: type[Settings], description: str) -> None:
+def _run(main: Callable[[Settings], object], config_class: type[Settings], description: str, alone: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by DCP, of a process alone
     transformers.logging.set_verbosity_error()
@@ -58,7 +66,11 @@ def _run(main: Callable[[Settings], object], config_class: type[Settings], descr
     try:
         check_versions()
         config = parse(config_class, description=description, quiet=not is_main_rank())
-        debug = config.run.debug
+        debug = getattr(getattr(config, "run", None), "debug", False)
+        if alone and Ranks.read().size > 1:
+            raise LaunchError(
+                f"{Ranks.read().size} processes were started for what one of them does", "Start it with python alone."
+            )
         with redirect_stdout(_lasting(sys.stdout)), redirect_stderr(_lasting(sys.stderr)):
             main(config)
     except Finished as finished:

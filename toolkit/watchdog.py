@@ -37,7 +37,8 @@ from typing import Any, Self
 import psutil
 
 from toolkit.environment import report_exit_code
-from toolkit.errors import RESUMABLE_EXIT_CODE
+from toolkit.errors import RESUMABLE_EXIT_CODE, USER_ERROR_EXIT_CODE, FencedError
+from toolkit.lease import Guard, unguarded
 
 WINDOW = 200  # durations that are kept for each phase
 ENOUGH = 5  # of them say what is usual; the first ones compile
@@ -87,6 +88,8 @@ class Watchdog:
             seconds.
         patience: seconds for a phase with little history, and for saving; `minimum`, where that is more.
         interval: seconds between two looks of the thread.
+        guard: asked at each look; where it says that another process has taken over the run, this one ends at once,
+            even if it waits for ranks that are gone.
     """
 
     def __init__(
@@ -100,7 +103,9 @@ class Watchdog:
         factor: float = 3.0,
         patience: float = 600.0,
         interval: float = 1.0,
+        guard: Guard = unguarded,
     ) -> None:
+        self._guard = guard
         self.rank, self.size, self.attempt = rank, size, attempt
         self.minimum, self.factor, self.interval = minimum, factor, interval
         self.patience = max(minimum, patience)
@@ -144,7 +149,8 @@ class Watchdog:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(10 * self.grace)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, FencedError):
+            self._guard()
             self._path(self.rank).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -161,12 +167,24 @@ class Watchdog:
             self._wake.clear()
             if self._stopped:
                 return
+            self._end_if_fenced()
             self._account()
             self._write_heartbeat(self._heartbeat())
             if self._alarms() or self._is_stuck():
                 self._end()
             left = self._limit - self._waited
             pause = left if 0 < left < self.interval else self.interval
+
+    def _end_if_fenced(self) -> None:
+        try:
+            self._guard()
+        except FencedError as error:
+            _say(f"Rank {self.rank}: {error}")
+            _end_all(psutil.Process().children(recursive=True))
+            report_exit_code(USER_ERROR_EXIT_CODE)
+            os._exit(USER_ERROR_EXIT_CODE)
+        except OSError:
+            pass  # who writes will say so
 
     def _account(self) -> None:
         """Bring durations, waiting time and limit up to date.

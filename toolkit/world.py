@@ -68,7 +68,8 @@ class World:
             except (dist.DistError, RuntimeError, ValueError) as error:
                 raise LaunchError(
                     f"rank {self.rank} of {self.size} could not meet the others at {Ranks.read().master}: {error}",
-                    "Check that every node reaches that address and that all ranks were started.",
+                    "Check that every node reaches that address and that all ranks were started; "
+                    "`toolkit doctor --nodes N --rank R --rendezvous HOST:PORT` on each of them finds what is wrong.",
                 ) from error
         elif Ranks.read().master:
             self.form_group()  # before accelerate, which would form one that cannot carry host data
@@ -109,6 +110,23 @@ class World:
         if self.connected:
             dist.all_reduce(tensor)
         return tensor
+
+    def rows(self, mine: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The rows of all ranks end to end, in the order of the ranks, and the place of the first of one's own.
+
+        Args:
+            mine: (any number, …), of a shape and type that are the same on all ranks but for that number.
+        """
+        if not self.connected:
+            return mine, 0
+        counts = torch.zeros(self.size, dtype=torch.long, device=mine.device)
+        counts[self.rank] = len(mine)
+        sizes = self.sum(counts).tolist()
+        padded = mine.new_zeros(max(sizes), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded)
+        return torch.cat([rows[:size] for rows, size in zip(found, sizes, strict=True)]), sum(sizes[: self.rank])
 
     def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """The `value` of each rank, on every rank; by all of them over `group` where one is given."""
@@ -153,7 +171,8 @@ class World:
         if differing:
             raise LaunchError(
                 f"{what} differs between rank 0 and ranks {differing}",
-                "Start every rank with the same code, settings, data and weights.",
+                "Start every rank with the same code, settings, data and weights; `toolkit doctor` on all nodes tells "
+                "what differs.",
             )
 
 

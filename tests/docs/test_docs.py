@@ -25,6 +25,8 @@ from typing import Any
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from launch.__main__ import main as launch
+from launch.local import divide
 from tests.recipes.launching import ROOT, environment
 from toolkit.cli import COMMANDS
 from toolkit.config import parse
@@ -176,7 +178,8 @@ def anchors(page: Path) -> set[str]:
 
 def test_nothing_leads_out_of_the_repository() -> None:
     """A page is read where there is no network too; and no machine's own paths are in it."""
-    assert found_in_texts(r"https?://\S+|\bpypi\b|/root/\S*|/home/\S*", TEXTS) == set()
+    # `host` stands for the reader's own.
+    assert found_in_texts(r"https?://(?!host/)\S+|\bpypi\b|/root/\S*|/home/\S*", TEXTS) == set()
 
 
 def test_the_index_lists_every_page() -> None:
@@ -202,6 +205,11 @@ def test_the_options_of_a_recipe_parse(command: Command, monkeypatch: pytest.Mon
     if launcher[:2] == ("accelerate", "launch"):
         asked = launch_command_parser().parse_args([*launcher[2:], recipe])
         assert asked.config_file is None or exists(asked.config_file, command.block.page)
+    elif launcher == ("python", "-m", "launch", "local"):
+        own, options = divide(options)
+        assert launch(["local", recipe, *own, "--dry-run"]) == 0
+    elif launcher[:4] == ("python", "-m", "launch", "ssh") or launcher[:2] == ("toolkit", "doctor"):
+        options = divide(options)[1] if "--" in options else options
     elif launcher == ("toolkit", "data", "show"):
         if "--samples" in options:
             place = options.index("--samples")

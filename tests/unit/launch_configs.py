@@ -57,4 +57,36 @@ SHIPPED = {
             ),
         ),
     ),
+    "two_nodes_fsdp": Start(
+        16,
+        "fsdp",
+        nodes=2,
+        address="node1",
+        comment=(
+            *_comment(
+                "two_nodes_fsdp",
+                "FSDP2 over two nodes; with --strategy.shard_size 8 hybrid: shards inside a node, copies across.",
+                "2 × 8 GPUs; put the first node's name for node1",
+                "`fsdp`",
+                " --machine_rank 0",
+            ),
+            "`python -m launch slurm --strategy hybrid`, or fsdp, takes this file, and says ranks and addresses.",
+        ),
+    ),
+    "two_nodes_zero3": Start(
+        16,
+        "zero3",
+        nodes=2,
+        address="node1",
+        comment=(
+            *_comment(
+                "two_nodes_zero3",
+                "ZeRO-3 over two nodes: every rank holds a share of everything.",
+                "2 × 8 GPUs; put the first node's name for node1",
+                "`zero3`",
+                " --machine_rank 0",
+            ),
+            "`python -m launch slurm --strategy zero3` takes this file, and says ranks and addresses.",
+        ),
+    ),
 }

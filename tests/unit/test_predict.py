@@ -480,6 +480,18 @@ def test_output_to_files(run: Path, classifier: Classifier, tmp_path: Path, caps
     assert list(read_texts(tmp_path / "out.csv")) == list(read_texts(tmp_path / "out.jsonl")) == texts
 
 
+def test_texts_are_brought_into_the_form_of_the_run(
+    copy: Path, classifier: Classifier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(data=TextDataConfig(max_length=MAX_LENGTH, normalise=("html", "simplified")))
+    (copy / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert main(["predict", str(copy), "<p>今天的電影很好看</p>", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (plain,) = classifier.predict(["今天的电影很好看"])
+    assert found["text"].strip() == "今天的电影很好看"
+    assert found["score"] == pytest.approx(plain.score, rel=1e-5)
+
+
 def test_standard_input(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(content: bytes) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))

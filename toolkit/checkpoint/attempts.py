@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.lines import append, changed, last_line, read_lines
+from toolkit.lease import Guard, unguarded
 
 KILLED, RUNNING, REWOUND = "killed", "running", "rewound"
 CRASHES = (KILLED, "failed")
@@ -47,9 +48,10 @@ class Attempt:
 class Attempts:
     """`attempts.jsonl` of a run: one line for each beginning, and one for each end that was no kill."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, guard: Guard = unguarded) -> None:
         self.path = run / "attempts.jsonl"
         self._run = run
+        self._guard = guard
         self._current = 0
 
     def begin(self, from_step: int, **facts: Any) -> int:
@@ -63,14 +65,14 @@ class Attempts:
         self._current = before[-1].number + 1 if before else 1
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"attempt": self._current, "event": "begin", "from_step": from_step, "time": now}
-        append(self.path, line | {"pid": os.getpid(), "host": socket.gethostname()} | facts)
+        append(self.path, line | {"pid": os.getpid(), "host": socket.gethostname()} | facts, self._guard)
         return self._current
 
     def end(self, status: str, step: int, error: str = "") -> None:
         """Enter how the attempt that this object began has ended; what is entered last holds."""
         assert self._current, "nothing was begun"
         line = {"attempt": self._current, "event": "end", "status": status, "step": step}
-        append(self.path, line | {"error": error} if error else line)
+        append(self.path, line | {"error": error} if error else line, self._guard)
 
     def read(self) -> list[Attempt]:
         """All attempts, the first one first; none where the run has no file of them.

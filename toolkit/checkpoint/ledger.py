@@ -19,6 +19,7 @@ from toolkit.checkpoint.lines import writing
 from toolkit.checkpoint.manifest import write_file
 from toolkit.errors import CheckpointError
 from toolkit.folders import sync_folder
+from toolkit.lease import Guard, unguarded
 
 PLAN = "plan.json"
 IDS = "ids.safetensors"
@@ -31,9 +32,11 @@ class Ledger:
 
     Raises:
         CheckpointError: the file is there already, or cannot be written; of each method.
+        FencedError: of the guard, which is asked before each line.
     """
 
-    def __init__(self, run: Path, attempt: int, rank: int) -> None:
+    def __init__(self, run: Path, attempt: int, rank: int, guard: Guard = unguarded) -> None:
+        self._guard = guard
         self.path = ledger_folder(run, attempt) / f"rank_{rank:05d}.jsonl"
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +59,7 @@ class Ledger:
         if skipped:
             record["skipped"] = [(int(sample), reason) for sample, reason in skipped]
         line = _encode(record).encode() + b"\n"
+        self._guard()
         with writing(self.path):
             while line:
                 line = line[self._file.write(line) :]

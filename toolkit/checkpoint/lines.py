@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from toolkit.errors import CheckpointError
 from toolkit.folders import sync_folder
+from toolkit.lease import Guard, unguarded
 
 BLOCK = 1 << 16
 
@@ -58,16 +59,18 @@ def last_line(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def append(path: Path, record: Mapping[str, Any]) -> None:
+def append(path: Path, record: Mapping[str, Any], guard: Guard = unguarded) -> None:
     """Append a line and flush it to the disk; a last line that was cut short is taken away first.
 
     Raises:
         CheckpointError: it cannot be written.
+        FencedError: of the guard, which is asked when the file is open: what it allows goes to this very file.
     """
     line = (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
+            guard()
             _mend(file)
             file.write(line)
             file.flush()

@@ -27,6 +27,7 @@ from toolkit.checkpoint.manifest import (
 )
 from toolkit.errors import CheckpointError
 from toolkit.folders import sync_folder
+from toolkit.lease import Guard, unguarded
 
 ASIDE = ".writing_"
 REMOVING = ".removing_"
@@ -37,10 +38,11 @@ QUARANTINE_KEEPS = 3
 
 
 class Store:
-    """The folder `checkpoints/` of a run. One process writes to it: rank 0."""
+    """The folder `checkpoints/` of a run. One process writes to it: rank 0, as long as its guard lets it."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, guard: Guard = unguarded) -> None:
         self.folder = run / "checkpoints"
+        self._guard = guard
 
     def committed(self) -> list[tuple[int, Path]]:
         """Steps and folders that were committed, the newest step first; whether they are good is another question."""
@@ -66,6 +68,7 @@ class Store:
 
     def begin(self, aside: Path) -> None:
         """Make the folder aside."""
+        self._guard()
         self.folder.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
 
@@ -79,6 +82,7 @@ class Store:
                 f"{aside}: {reason}", "All ranks must write to one folder, and nobody else may touch what is in it."
             )
         write_manifest(aside, manifest)
+        self._guard()
         aside.rename(target)
         sync_folder(self.folder)
         with contextlib.suppress(OSError):  # as a full disk: it is saved all the same, and is found by its name
@@ -89,6 +93,7 @@ class Store:
         """Move the pointer."""
         aside = self.folder / f".{POINTER}"
         write_file(aside, (json.dumps({"step": step, "folder": path.name}) + "\n").encode())
+        self._guard()
         aside.rename(self.folder / POINTER)
         sync_folder(self.folder)
 
@@ -103,6 +108,7 @@ class Store:
         save. What is not sound is left to `quarantine`, which a start does.
         """
         sound = list(self._sound())
+        self._guard()
         kept = {path for _, path, _ in sound[:keep]} | ({_best(sound)} if best else set())
         for _, path, _ in sound:
             if path not in kept:

@@ -5,6 +5,10 @@ named by `--config`, then the command line. An unknown key, a wrong type or a va
 `ConfigError` that names the key, in whichever of the two it stands.
 """
 
+from toolkit.config.annotations import SpansConfig, TagsConfig
+from toolkit.config.augment import TextAugmentConfig
+from toolkit.config.contrast import AnchorsConfig, ContrastConfig
+from toolkit.config.embeddings import MatrixConfig, VectorsConfig, VocabularyConfig, WordModelConfig
 from toolkit.config.images import AugmentConfig, ImageDataConfig, ImageModelConfig
 from toolkit.config.parsing import from_yaml, parse, plain, to_yaml, validate
 from toolkit.config.sections import (
@@ -15,6 +19,7 @@ from toolkit.config.sections import (
     DecoderConfig,
     GenerateConfig,
     ModelConfig,
+    Normalisation,
     OptimConfig,
     PairsConfig,
     Precision,
@@ -28,18 +33,29 @@ from toolkit.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
+from toolkit.config.seq2seq import DecodeConfig, EncoderDecoderConfig, SummaryConfig, TextPairsConfig, TranslationConfig
+from toolkit.config.speech import SpeechConfig
+from toolkit.config.tables import EventsConfig, NextItemNetworkConfig, TableConfig, TableNetworkConfig
 
 __all__ = [
     "AdapterConfig",
+    "AnchorsConfig",
     "AugmentConfig",
     "ChatConfig",
     "CheckpointConfig",
+    "ContrastConfig",
     "CorpusConfig",
+    "DecodeConfig",
     "DecoderConfig",
+    "EncoderDecoderConfig",
+    "EventsConfig",
     "GenerateConfig",
     "ImageDataConfig",
     "ImageModelConfig",
+    "MatrixConfig",
     "ModelConfig",
+    "NextItemNetworkConfig",
+    "Normalisation",
     "OptimConfig",
     "PairsConfig",
     "Precision",
@@ -48,10 +64,22 @@ __all__ = [
     "RecipeConfig",
     "RunConfig",
     "SourcesConfig",
+    "SpansConfig",
+    "SpeechConfig",
     "StrategyConfig",
+    "SummaryConfig",
+    "TableConfig",
+    "TableNetworkConfig",
+    "TagsConfig",
+    "TextAugmentConfig",
     "TextDataConfig",
+    "TextPairsConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "TranslationConfig",
+    "VectorsConfig",
+    "VocabularyConfig",
+    "WordModelConfig",
     "from_yaml",
     "parse",
     "plain",

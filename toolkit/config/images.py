@@ -68,6 +68,11 @@ class ImageDataConfig:
     """Share of the images held out for validation where no validation split is given."""
     test_share: Share = 0.2
     """Share of the images held out for the test where no test split is given."""
+    folds: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Cross-validation: cut the images into so many stratified folds, of which `fold` is the test. It stands in the
+    place of `test_share`."""
+    fold: Natural = 0
+    """Which fold is the test, from 0."""
     train_samples: Count | None = None
     """Use at most so many training images (stratified)."""
     validation_samples: Count | None = None

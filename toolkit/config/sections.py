@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Normalisation = Literal["nfkc", "halfwidth", "control", "html", "simplified", "traditional", "spaces"]
 Quantization = Literal["none", "int8", "nf4", "fp4", "nf4-double", "fp4-double"]
 
 # Strict: YAML's `true` is no number. Real numbers are not, because YAML takes `1e-4`, without a dot, for a text.
@@ -74,7 +75,14 @@ class TextDataConfig:
     text: str = "text"
     """Column that holds the text."""
     label: str = "label"
-    """Column that holds the class, as a word or a number."""
+    """Column that holds the class, as a word or a number; or what else `target` says."""
+    text_pair: str | None = None
+    """Column that holds a second text, where pairs of texts are to be judged."""
+    target: Literal["class", "labels", "number"] = "class"
+    """What is to be said of a text: one of several classes; any of several labels (a list, or words with `separator`
+    between); or a number (regression)."""
+    separator: str | None = None
+    """What stands between labels that are no list (default a comma)."""
     validation: str | None = None
     """File, folder or glob with the validation split. Without it a share of the training data is taken."""
     test: str | None = None
@@ -91,6 +99,16 @@ class TextDataConfig:
     """Use at most so many test samples (stratified)."""
     split_seed: Natural = 0
     """Seed of the splits, apart from the run's seed, so that runs with other seeds are tested alike."""
+    normalise: tuple[Normalisation, ...] = ()
+    """What is done to each text first, as `html control spaces`: `html` takes tags out, `nfkc` unifies characters that
+    mean the same (and ①, ﬁ, ｱ with them), `halfwidth` full-width ASCII alone, `control` takes out invisible
+    characters, `simplified` or `traditional` converts Chinese, `spaces` unifies blanks and empty lines. `toolkit
+    predict` does the same."""
+    folds: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Cross-validation: cut the data into so many stratified folds, of which `fold` is the test. It stands in the place
+    of `test_share`."""
+    fold: Natural = 0
+    """Which fold is the test, from 0."""
     deduplicate: bool = True
     """Drop repeated texts, and texts that stand under two labels, before the split. A split that is given as a file of
     its own keeps its repeats."""
@@ -167,10 +185,20 @@ class SourcesConfig:
     """Share held out for validation where no validation split is given."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.03
     """Share held out for the test where no test split is given."""
+    folds: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Cross-validation: cut the data into so many folds, of which `fold` is the test. It stands in the place
+    of `test_share`."""
+    fold: Natural = 0
+    """Which fold is the test, from 0."""
     train_texts: Count | None = None
     """Use at most so many texts (or conversations) for training."""
     split_seed: Natural = 0
     """Seed of the splits, apart from the run's seed, so that runs with other seeds are tested alike."""
+    normalise: tuple[Normalisation, ...] = ()
+    """What is done to each text first, as `html control spaces`: `html` takes tags out, `nfkc` unifies characters that
+    mean the same (and ①, ﬁ, ｱ with them), `halfwidth` full-width ASCII alone, `control` takes out invisible
+    characters, `simplified` or `traditional` converts Chinese, `spaces` unifies blanks and empty lines. `toolkit
+    predict` does the same."""
     min_chars: Count | None = None
     """Drop texts of fewer characters (of a conversation: in all messages together, without the system's)."""
     max_chars: Count | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,8 +83,14 @@ class Cleaned:
     warnings: tuple[str, ...]
 
 
-def clean(corpus: Corpus, config: TextDataConfig, scratch: Path) -> Cleaned:
+def clean(corpus: Corpus, config: TextDataConfig, scratch: Path, note: Callable[[str, Roles], None]) -> Cleaned:
     """Drop rows without text or label, repeats, contradictions and leaks; refuse what no cleaning can mend.
+
+    Args:
+        corpus: what was read.
+        config: which columns, and whether repeats go.
+        scratch: folder for what is made on the way.
+        note: told the roles after each stage.
 
     Raises:
         DataError: too much is missing, the labels are no classes, or a split has classes of its own.
@@ -92,13 +98,16 @@ def clean(corpus: Corpus, config: TextDataConfig, scratch: Path) -> Cleaned:
     keyed = key_texts(corpus.texts, config.tokenize_processes, scratch)
     codes, names = code_labels(corpus.labels)
     roles, (no_text, no_label) = drop_missing(corpus, codes, keyed.blank)
+    note("without a text or a label", roles)
     check_labels(codes[roles != DROPPED], names, config.label)
     before = np.unique(codes[roles == TRAIN])
     groups = group_texts(keyed.keys)
     duplicates = conflicts = 0
     if config.deduplicate:
         roles, duplicates, conflicts = drop_repeats(roles, groups, codes)
+        note("repeats, and texts under two labels", roles)
     roles, leaks = drop_leaks(roles, groups)
+    note("in a split that is tested on", roles)
     classes = check_classes(corpus, roles, codes, names)
     dropped = {
         "text_nulls_dropped": no_text,
@@ -181,7 +190,7 @@ def code_labels(labels: pa.ChunkedArray) -> tuple[Codes, list[str]]:
     """Labels as indices into names; −1 where there is none. `1.0` is read as `1`, and outer white space dropped."""
     coded = pa.concat_arrays(labels.dictionary_encode().unify_dictionaries().chunks)
     words = [_canonical(word) for word in coded.dictionary.to_pylist()]
-    names = _sorted({word for word in words if word})
+    names = sort_labels({word for word in words if word})
     code_of = {name: code for code, name in enumerate(names)}
     of_word = np.array([code_of.get(word, -1) for word in words] + [-1], np.int32)
     codes = pc.fill_null(coded.indices, len(words)).to_numpy(zero_copy_only=False)
@@ -193,7 +202,8 @@ def _canonical(word: str) -> str:
     return str(int(float(word))) if "." in word and _INTEGER.fullmatch(word) else word
 
 
-def _sorted(words: set[str]) -> list[str]:
+def sort_labels(words: set[str]) -> list[str]:
+    """As numbers, if all of them are integers."""
     if all(_INTEGER.fullmatch(word) for word in words):
         # The word itself settles the order of `1` and `01`: that of a set differs from process to process.
         return sorted(words, key=lambda word: (int(word), word))
@@ -239,7 +249,8 @@ def check_labels(codes: Codes, names: list[str], column: str) -> None:
         shown = ", ".join([name for name in present if not _INTEGER.fullmatch(name)][:4])
         raise DataError(
             f"column '{column}' holds measurements ({shown} …), which is regression, not classification",
-            "Name the column of the classes with --data.label; if these are classes after all, write them as words.",
+            "Learn numbers with --data.target number, or name the column of the classes with --data.label; if these "
+            "are classes after all, write them as words.",
         )
     if len(present) * 2 > len(codes):
         raise DataError(

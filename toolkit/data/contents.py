@@ -21,11 +21,11 @@ Grams = npt.NDArray[np.uint64]
 Measure = Callable[[list[str]], dict[str, Any]]
 """Columns of what a batch of texts says; to be picklable."""
 
-_DENSE = (
+DENSE = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 """Scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters."""
-_UNIT = re.compile(rf"[{_DENSE}]|[^\W_{_DENSE}]+")
+_UNIT = re.compile(rf"[{DENSE}]|[^\W_{DENSE}]+")
 _WORD, _CHARACTER = 5, 3
 """How much a word weighs, and a character of a dense script: 1,000 words of English are some 1,700 of Chinese."""
 _BASE = 0x9E3779B97F4A7C15
@@ -102,7 +102,7 @@ def grams(text: str, length: int, *, whole: bool = False) -> Grams:
 def _unit(word: str) -> tuple[int, int]:
     """Hash and weight."""
     digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    dense = len(word) == 1 and re.match(f"[{_DENSE}]", word)
+    dense = len(word) == 1 and re.match(f"[{DENSE}]", word)
     return int.from_bytes(digest, "little"), _CHARACTER if dense else _WORD
 
 

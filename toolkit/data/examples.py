@@ -24,7 +24,7 @@ from toolkit.data.text_corpus import TextCorpus
 from toolkit.data.tokenize import EDGES, length_histogram
 from toolkit.errors import DataError
 
-_REVISION = 1
+_REVISION = 2
 """To be raised with every change of this module that changes its result: older caches are then not used."""
 Row = Mapping[str, Any]
 EncodeOne = Callable[[Any], Sequence[Row]]
@@ -51,7 +51,13 @@ class Examples:
 
 
 def examples(
-    config: SourcesConfig, corpus: TextCorpus, encode_one: EncodeOne, features: Features, settings: Sequence[Any]
+    config: SourcesConfig,
+    corpus: TextCorpus,
+    encode_one: EncodeOne,
+    features: Features,
+    settings: Sequence[Any],
+    *,
+    rows_at_once: int = 1000,
 ) -> Examples:
     """Encode all rows of a corpus; the second call with the same content loads the result.
 
@@ -64,6 +70,7 @@ def examples(
         features: of a row; `length` (tokens, or what else the work grows with) is among them. Where `cut` (bool) is,
             it tells that a sample lost its end.
         settings: what `encode_one` goes by, fit for JSON: a tokenizer by its fingerprint, lengths, a revision.
+        rows_at_once: whose samples are in memory together while they are encoded.
 
     Raises:
         ConfigError: weights that are not one for each source.
@@ -71,7 +78,8 @@ def examples(
     """
     check_weights(config)
     name = fingerprint("examples", _REVISION, corpus.fingerprint, *settings)
-    splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, corpus, encode_one, features))
+    prepare = functools.partial(_prepare, config, corpus, encode_one, features, rows_at_once)
+    splits, facts = prepared(name, load_splits, prepare)
     train, passes = mixed(splits["train"], facts["samples_of_source"], config)
     told = {
         "passes": passes,
@@ -88,7 +96,14 @@ def examples(
 
 
 def encode_rows(
-    config: SourcesConfig, texts: Dataset, encode_one: EncodeOne, features: Features, *, scratch: Path, title: str
+    config: SourcesConfig,
+    texts: Dataset,
+    encode_one: EncodeOne,
+    features: Features,
+    *,
+    scratch: Path,
+    title: str,
+    rows_at_once: int = 1000,
 ) -> Dataset:
     """All rows of a split, those of each source together, with `source` (int) and `fault` (string or null) beside.
 
@@ -99,6 +114,7 @@ def encode_rows(
         features: of its rows.
         scratch: folder for the result; `title` must be new in it.
         title: shown beside the progress bar.
+        rows_at_once: whose samples are in memory together.
     """
     sources = np.asarray(texts["source"])
     columns = Features({**features, "source": Value("int32"), "fault": Value("string")})
@@ -110,6 +126,7 @@ def encode_rows(
             processes=config.tokenize_processes,
             scratch=scratch,
             title=f"{title} {source + 1}",
+            rows_at_once=rows_at_once,
         )
         for source in np.unique(sources)
     ]
@@ -144,16 +161,18 @@ def _prepare(
     corpus: TextCorpus,
     encode_one: EncodeOne,
     features: Features,
+    rows_at_once: int,
     result: Path,
     scratch: Path,
 ) -> None:
     """Write the splits and their facts to `result`."""
-    facts: dict[str, Any] = {"samples": {}, "cut": {}, "token_lengths": {"edges": EDGES}}
+    facts: dict[str, Any] = {"samples": {}, "cut": {}, "token_lengths": {"edges": EDGES}, "longest": 0}
     splits: dict[Role, Dataset] = {}
     faults: Counter[str] = Counter()
     encode = functools.partial(_encode_json, encode_one=encode_one)
     for name in ROLES:
-        rows = encode_rows(config, corpus.splits[name], encode, features, scratch=scratch, title=f"Encoding {name}")
+        options: dict[str, Any] = {"title": f"Encoding {name}", "rows_at_once": rows_at_once}
+        rows = encode_rows(config, corpus.splits[name], encode, features, scratch=scratch, **options)
         kept = fit_rows(rows, faults)
         if faults.total() > config.max_bad_rows or not len(kept):
             reasons = "; ".join(f"{count:,} because {reason}" for reason, count in faults.most_common(5))
@@ -163,6 +182,7 @@ def _prepare(
             )
         facts["samples"][name] = len(kept)
         facts["token_lengths"][name] = length_histogram(np.asarray(kept["length"]))
+        facts["longest"] = max(facts["longest"], int(np.max(kept["length"])))
         facts["cut"][name] = float(np.mean(kept["cut"])) if "cut" in features else 0.0
         if name == "train":
             facts["samples_of_source"] = count_sources(kept["source"], config.name)

@@ -13,7 +13,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from toolkit.data.mapping import quiet
 from toolkit.errors import DataError, ToolkitError, nearest
 
-Kind = Literal["csv", "tsv", "jsonl", "json", "parquet", "text"]
+Kind = Literal["csv", "tsv", "jsonl", "json", "parquet", "text", "parallel"]
+"""`parallel`: two text files, of which a line of the second belongs to each line of the first."""
 
 _KINDS: dict[str, Kind] = {
     ".csv": "csv",
@@ -37,6 +38,8 @@ _KINDS: dict[str, Kind] = {
     ".json": "json",
     ".parquet": "parquet",
 }
+PLAIN_TEXTS = (".txt", ".conll", ".iob", ".bio")
+"""Files of lines, the last three of tokens with their tags."""
 _BYTES_FOR_A_BAR = 100_000_000
 TextsIn = Literal["file", "paragraph", "line"]
 
@@ -92,13 +95,13 @@ def kind_of(path: Path, *, plain: bool = False) -> Kind | None:
 
     Args:
         path: of the file.
-        plain: texts need no label, so that `.txt` is a data file.
+        plain: texts need no label, so that `.txt` and its kin are data files.
     """
     suffix, zipped = path.suffix.lower(), False
     if suffix == ".gz":
         suffix, zipped = Path(path.stem).suffix.lower(), True
     kind = _KINDS.get(suffix)
-    if plain and suffix == ".txt":
+    if plain and suffix in PLAIN_TEXTS:
         return "text"
     return None if zipped and kind == "parquet" else kind
 
@@ -183,7 +186,7 @@ def _check_scalar(table: Dataset, column: str, where: str) -> None:
         raise DataError(
             f"column '{column}' of {where} holds {holds}",
             "It must hold one word or number a row: write all of them in quotes, or name another column with "
-            "--data.text or --data.label.",
+            "--data.text or --data.label. Lists of labels are learnt with --data.target labels.",
         )
 
 
@@ -199,7 +202,7 @@ def _as_words(column: pa.ChunkedArray, feature: Any) -> pa.ChunkedArray:
 def _read_table(kind: Kind, file: Path, text: str, label: str | None, scratch: Path) -> Dataset:
     if kind in ("csv", "tsv"):
         delimiter = "," if kind == "csv" else "\t"
-        rows = _check_lines(file, delimiter, text, label)
+        rows = check_lines(file, delimiter, lambda header: check_columns(header, text, label, str(file)))
         table = _load(
             file,
             "csv",
@@ -236,15 +239,19 @@ def _empty(file: Path) -> DataError:
     return DataError(f"{file} has no rows", "Remove the file or fill it.")
 
 
-def _check_lines(file: Path, delimiter: str, text: str, label: str | None) -> int:
-    """The number of rows of a CSV file, each with as many fields as the header. Raises DataError otherwise."""
+def check_lines(file: Path, delimiter: str, check_header: Callable[[list[str]], None]) -> int:
+    """The number of rows of a CSV file, each with as many fields as the header, which `check_header` is given.
+
+    Raises:
+        DataError: it is empty, ragged or not UTF-8, or its quotes do not pair up.
+    """
     rows, begin = 0, 1
     try:
         with _fields_of_any_length(), open_file(file) as raw:
             stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = next(reader, [])
-            check_columns(header, text, label, str(file))
+            check_header(header)
             begin = reader.line_num + 1
             for fields in reader:
                 if fields and len(fields) != len(header):

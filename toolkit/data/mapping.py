@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub.utils
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Value
 
+from toolkit.config import Normalisation
 from toolkit.environment import cores_of_this_process, is_main_rank
+from toolkit.normalise import normalise
 
 _BARS: tuple[Any, ...] = (datasets, huggingface_hub.utils)
 
@@ -79,6 +82,7 @@ def map_texts(
     processes: int | None,
     scratch: Path,
     title: str,
+    rows_at_once: int = 1000,
 ) -> Dataset:
     """Apply `function` to batches of the column `text`; the result has the columns that it returns, and no text.
 
@@ -89,12 +93,15 @@ def map_texts(
         processes: wish of the user, or None.
         scratch: folder for the result; `title` must be new in it.
         title: shown beside the progress bar.
+        rows_at_once: whose results are in memory together.
     """
     count = process_count(len(texts), processes)
     with quiet(bars=len(texts) >= ROWS_FOR_A_BAR), _serial_tokenizers():
         return texts.map(
             function,
             batched=True,
+            batch_size=rows_at_once,
+            writer_batch_size=rows_at_once,
             input_columns=["text"],
             remove_columns=["text"],
             features=features,
@@ -105,3 +112,23 @@ def map_texts(
             load_from_cache_file=False,
             desc=title,
         )
+
+
+def normalised_texts(
+    texts: Dataset, steps: Sequence[Normalisation], *, processes: int | None, scratch: Path, title: str = "Normalising"
+) -> Dataset:
+    """The same for a column `text` of texts and nulls; `title` must be new in `scratch`, a folder for the result."""
+    if not steps:
+        return texts
+    return map_texts(
+        texts,
+        functools.partial(_normalise_some, steps=tuple(steps)),
+        Features({"text": Value("string")}),
+        processes=processes,
+        scratch=scratch,
+        title=title,
+    )
+
+
+def _normalise_some(texts: list[str | None], *, steps: Sequence[Normalisation]) -> dict[str, Any]:
+    return {"text": [None if text is None else normalise(text, steps) for text in texts]}

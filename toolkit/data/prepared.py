@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from toolkit import samples
 from toolkit.environment import is_main_rank
 from toolkit.errors import DataError
+from toolkit.look import see
 
 Result = TypeVar("Result")
 
@@ -39,6 +40,7 @@ def prepared(name: str, load: Callable[[Path], Result | None], prepare: Callable
     """
     folder = samples.cache_folder() / "data" / name
     found = load(folder)
+    see(name, found is not None)
     if found is None:
         with _alone(folder) as scratch:
             found = load(folder)

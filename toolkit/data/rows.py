@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Value
 
-from toolkit.config import SourcesConfig
+from toolkit.config import Normalisation, SourcesConfig
 from toolkit.data.files import Part, Role, open_file
 from toolkit.data.hub import hub_splits
 from toolkit.data.mapping import quiet
-from toolkit.data.text_corpus import Place, Rows, TextCorpus, gather
+from toolkit.data.text_corpus import Place, Rows, TextCorpus, find_places, gather_places
 from toolkit.errors import DataError, ToolkitError
+from toolkit.normalise import normalise_row
 
 _BYTES_FOR_A_BAR = 100_000_000
 _FEATURES = Features({"text": Value("string"), "fault": Value("string"), "where": Value("string")})
@@ -35,8 +36,19 @@ class Unfit(Exception):
     """Why a row is none to learn from, as the end of a sentence."""
 
 
+OfLines = Callable[[Iterable[str]], Iterator[Mapping[str, Any] | Unfit]]
+"""Makes rows of the lines of a file; picklable."""
+
+
 def gather_rows(
-    config: SourcesConfig, canonical: Canonical, what: What, settings: Mapping[str, Any], words: Callable[[str], str]
+    config: SourcesConfig,
+    canonical: Canonical,
+    what: What,
+    settings: Mapping[str, Any],
+    words: Callable[[str], str],
+    *,
+    of_lines: OfLines | None = None,
+    places: Mapping[Role, Sequence[Place]] | None = None,
 ) -> TextCorpus:
     """Read rows, make texts of them, drop repeats and split; the second call with the same content loads the result.
 
@@ -48,19 +60,29 @@ def gather_rows(
         what: the rows are to be.
         settings: what `canonical` goes by, fit for JSON.
         words: what a text says, by which it is filtered and compared; picklable.
+        of_lines: makes rows of the lines of a .txt file or its kin; by default these are none of this kind.
+        places: where the rows of each split are, if that is known; by default the names in `config` say so.
 
     Raises:
         ConfigError: a setting that cannot take effect or is out of range.
         DataError: data that is missing, or of which too many rows are unfit.
     """
-    read = partial(_read, canonical=canonical, what=what, most=config.max_bad_rows)
-    corpus = gather(config, read, settings, words=words)
-    if corpus.facts["dropped"]["malformed"] > config.max_bad_rows:  # of all sources, or by the bound of an earlier run
+    normal = partial(_normal, canonical=canonical, steps=config.normalise) if config.normalise else canonical
+    read = partial(_read, canonical=normal, what=what, most=config.max_bad_rows, of_lines=of_lines)
+    if places is None:
+        places = find_places(config, "file" if of_lines else None)
+    corpus = gather_places(config, read, places, settings, words=words)
+    refuse_unfit(corpus, what, config.max_bad_rows)
+    return corpus
+
+
+def refuse_unfit(corpus: TextCorpus, what: What, most: int) -> None:
+    """Raises DataError where more rows are unfit than `most`: of all sources, or by the bound of an earlier run."""
+    if corpus.facts["dropped"]["malformed"] > most:
         raise DataError(
             f"rows are no {what[0]} to learn from: {' '.join(corpus.facts['warnings'])}",
             f"Mend them, {what[1]}, or raise --data.max_bad_rows.",
         )
-    return corpus
 
 
 def write(value: Any) -> str:
@@ -68,25 +90,44 @@ def write(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _read(place: Place, role: Role, scratch: Path, canonical: Canonical, what: What, most: int) -> Iterator[Rows]:
+def _normal(row: Mapping[str, Any], *, canonical: Canonical, steps: Sequence[Normalisation]) -> str:
+    return canonical(normalise_row(dict(row), steps))
+
+
+def _read(
+    place: Place,
+    role: Role,
+    scratch: Path,
+    canonical: Canonical,
+    what: What,
+    most: int,
+    of_lines: OfLines | None,
+) -> Iterator[Rows]:
     if isinstance(place, Part):
-        if place.kind == "text":
+        if place.kind == "text" and of_lines is None:
             raise DataError(
                 f"{place.files[0].parent.parent} holds plain texts, not {what[0]}",
                 "Give JSONL, JSON, Parquet, CSV or TSV.",
             )
-        sources = [(str(file), partial(rows_of_file, file, place.kind), file.stat().st_size) for file in place.files]
+        if place.kind == "parallel":
+            names = " and ".join(map(str, place.files))
+            sources = [(names, partial(_line_pairs, *place.files), sum(file.stat().st_size for file in place.files))]
+        else:
+            sources = [
+                (str(file), partial(rows_of_file, file, place.kind, of_lines), file.stat().st_size)
+                for file in place.files
+            ]
     else:
         splits = hub_splits(place)
         rows = splits.get(role, splits["train"])
         sources = [(place.name, partial(iter, rows), rows.nbytes)]
     for name, rows_of, size in sources:
-        yield _checked(
-            name, partial(_texts, name, rows_of, canonical, what, most), scratch, bar=size >= _BYTES_FOR_A_BAR
+        yield fit_texts(
+            name, partial(canonical_texts, name, rows_of, canonical, what, most), scratch, bar=size >= _BYTES_FOR_A_BAR
         )
 
 
-def _checked(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
+def fit_texts(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
     """The fit rows of a source, on the disk, and the faults of the others."""
     try:
         with quiet(bars=bar):
@@ -104,7 +145,12 @@ def _checked(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
     return Rows(table.select(kept).select_columns(["text"]), faults)
 
 
-def _texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int) -> Iterator[dict[str, Any]]:
+def canonical_texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int) -> Iterator[dict[str, Any]]:
+    """The texts of the rows of a source, or what is wrong with a row.
+
+    Raises:
+        DataError: that is so of more than `most`.
+    """
     unfit: list[str] = []
     for number, row in enumerate(rows_of(), start=1):
         where = f"row {number} of {name}"
@@ -122,7 +168,7 @@ def _texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int)
             yield {"text": None, "fault": str(reason), "where": where}
 
 
-def rows_of_file(file: Path, kind: str) -> Iterator[Mapping[str, Any] | Unfit]:
+def rows_of_file(file: Path, kind: str, of_lines: OfLines | None = None) -> Iterator[Mapping[str, Any] | Unfit]:
     """The rows of a file; in the place of one that cannot be read, why."""
     if kind == "parquet":
         for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
@@ -133,8 +179,35 @@ def rows_of_file(file: Path, kind: str) -> Iterator[Mapping[str, Any] | Unfit]:
             yield from csv.DictReader(lines, delimiter="," if kind == "csv" else "\t")
         elif kind == "json":
             yield from map(_object, json.load(lines))
+        elif kind == "text" and of_lines:
+            yield from of_lines(lines)
         else:
             yield from (_json_line(line) for line in lines if line.strip())
+
+
+def _line_pairs(sources: Path, targets: Path) -> Iterator[Mapping[str, Any] | Unfit]:
+    """The lines of two files, side by side; in the place of those that cannot be read, why.
+
+    Raises:
+        DataError: they have not as many.
+    """
+    counts = []
+    for file in (sources, targets):
+        with open_file(file) as raw:
+            counts.append(sum(1 for _ in raw))
+    if counts[0] != counts[1]:
+        raise DataError(
+            f"{sources} has {counts[0]:,} lines and {targets} {counts[1]:,}",
+            "A line of the second file belongs to each line of the first: align them again.",
+        )
+    with open_file(sources) as first, open_file(targets) as second:
+        for lines in zip(first, second, strict=True):
+            try:
+                source, target = (line.decode("utf-8").strip("\ufeff\r\n") for line in lines)
+            except UnicodeDecodeError:
+                yield Unfit("they are not UTF-8")
+            else:
+                yield {"source": source, "target": target}
 
 
 def _json_line(line: str) -> Mapping[str, Any] | Unfit:

@@ -21,10 +21,13 @@ from datasets import Dataset, concatenate_datasets
 
 from toolkit import samples
 from toolkit.config import TextDataConfig
-from toolkit.data.files import ROLE_OF_WORD, ROLES, Labelled, Part, Role, kind_of, read_part
+from toolkit.data.collect import collected
+from toolkit.data.files import PLAIN_TEXTS, ROLE_OF_WORD, ROLES, Labelled, Part, Role, kind_of, read_part
 from toolkit.data.hub import HubData, find, read_hub
 from toolkit.errors import ConfigError, DataError, nearest
 
+_FILES = (".txt", ".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz")
+"""Endings of files beside those of tables."""
 _SPLIT_NAME = re.compile(rf"({'|'.join(ROLE_OF_WORD)})([-_]\d.*)?")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 
@@ -73,7 +76,7 @@ def resolve(config: TextDataConfig) -> Source:
         ConfigError: an unknown sample, or a revision of something that has none.
         DataError: something is missing, or a folder holds what cannot be told apart.
     """
-    name, hub = config.name, None
+    name, hub = collected(config.name), None
     parts: dict[Role, Part] = {}
     warnings: list[str] = []
     if not name:
@@ -88,7 +91,7 @@ def resolve(config: TextDataConfig) -> Source:
             f"--data.revision {config.revision} cannot take effect: '{name}' is no hub id", "Leave --data.revision out."
         )
     if is_sample:
-        parts["train"] = Part("jsonl", (samples.fetch(name.removeprefix("sample:")) / "data.jsonl",))
+        parts.update(sample_parts(name))
     elif is_local(name):
         parts.update(_local_splits(name, warnings))
     else:
@@ -98,8 +101,15 @@ def resolve(config: TextDataConfig) -> Source:
         if given is not None:
             if role in parts:
                 warnings.append(f"--data.{role} replaces the {role} split that lies in {name}")
-            parts[role] = find_part(given, f"--data.{role}")  # type: ignore[index]  # the two names are roles
+            parts[role] = find_part(collected(given), f"--data.{role}")  # type: ignore[index]  # the two names are roles
     return Source(parts, hub, tuple(warnings))
+
+
+def sample_parts(name: str) -> dict[Role, Part]:
+    """The splits that `sample:NAME` comes in; most come in one, of which some is to be held out."""
+    folder = samples.fetch(name.removeprefix("sample:"))
+    files: dict[Role, Path] = {role: folder / f"{role}.jsonl" for role in ROLES} | {"train": folder / "data.jsonl"}
+    return {role: Part("jsonl", (file,)) for role, file in files.items() if file.is_file()}
 
 
 def digest(source: Source) -> str:
@@ -160,7 +170,7 @@ def file_digest(file: Path) -> str:
 
 def is_local(name: str) -> bool:
     """Whether a name means a path; a missing one included, as long as it cannot be a hub id."""
-    looks_like_file = kind_of(Path(name)) is not None or Path(name).suffix in (".txt", ".gz")
+    looks_like_file = kind_of(Path(name)) is not None or Path(name).suffix in (*PLAIN_TEXTS, *_FILES)
     return looks_like_file or not _HUB_ID.fullmatch(name) or Path(name).exists()
 
 
@@ -202,6 +212,22 @@ def _split_part(entries: list[Path], where: str) -> Part:
 def _role_of(path: Path) -> Role | None:
     match = _SPLIT_NAME.fullmatch(path.name.lower().split(".")[0])
     return ROLE_OF_WORD[match[1]] if match else None
+
+
+def find_parallel(name: str, key: str) -> Part | None:
+    """Two text files with a comma between their paths; None for a name that is none such.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+    paths = [Path(path).expanduser() for path in name.split(",")]
+    if len(paths) != 2 or Path(name).exists() or not all(path.name for path in paths):
+        return None
+    if missing := [path for path in paths if not path.is_file()]:
+        raise DataError(
+            f"{key} '{name}': there is no file {missing[0]}", f"Relative names are looked for in {Path.cwd()}."
+        )
+    return Part("parallel", tuple(paths))
 
 
 def find_part(name: str, key: str, *, plain: bool = False) -> Part:

@@ -20,16 +20,28 @@ from toolkit.errors import ConfigError, DataError
 Order = npt.NDArray[np.uint64]
 
 
-class Shares(Protocol):
-    """What is asked of the splits: the settings that sections of labelled data have in common."""
+class HeldOut(Protocol):
+    """What is held out where no split is given: the settings that all sections of data have in common."""
 
     @property
     def validation_share(self) -> float:
-        """Share held out where no split is given."""
+        """Share held out for validation."""
 
     @property
     def test_share(self) -> float:
-        """Share held out where no split is given."""
+        """Share held out for the test."""
+
+    @property
+    def folds(self) -> int | None:
+        """Of so many folds one is the test."""
+
+    @property
+    def fold(self) -> int:
+        """Which one."""
+
+
+class Shares(HeldOut, Protocol):
+    """What is asked of the splits of labelled data."""
 
     @property
     def train_samples(self) -> int | None:
@@ -81,9 +93,8 @@ def split(config: Shares, cleaned: Cleaned, given: Container[str]) -> Split:
     """
     check_shares(config, given)
     roles, codes, order = cleaned.roles, cleaned.codes, shuffle_key(cleaned.keys, config.split_seed)
-    shares = {VALIDATION: config.validation_share, TEST: config.test_share}
-    taken = {role: share for role, share in shares.items() if ROLES[role] not in given}
-    roles = take_shares(roles, codes, order, taken, cleaned.labels)
+    taken = {role for role in (VALIDATION, TEST) if ROLES[role] not in given}
+    roles = hold_out(config, roles, codes, order, taken, cleaned.labels)
     repeats = 0
     if not config.deduplicate:
         # Repeats may be trained on, but not tested on.
@@ -117,12 +128,65 @@ def _check_trained(roles: Roles, codes: Codes, names: Sequence[str]) -> None:
         )
 
 
-def check_shares(config: Shares, given: Container[str]) -> None:
+def check_shares(config: HeldOut, given: Container[str]) -> None:
     """Raises ConfigError where the shares that are to be taken leave nothing to train on."""
+    check_folds(config, given_test="test" in given)
     taken = {name: getattr(config, f"{name}_share") for name in ROLES[1:] if name not in given}
+    if config.folds:
+        taken.pop("test")
     if sum(taken.values()) >= 1:
         listed = " and ".join(f"--data.{name}_share {share:g}" for name, share in taken.items())
         raise ConfigError(f"{listed} leave nothing to train on", "Make them smaller: together less than 1.")
+
+
+def check_folds(config: HeldOut, *, given_test: bool) -> None:
+    """Raises ConfigError where there is no such fold, or folds cannot take effect."""
+    if config.folds is None:
+        if config.fold:
+            raise ConfigError(f"--data.fold {config.fold} has no effect without --data.folds", "Give both.")
+        return
+    if given_test:
+        raise ConfigError(
+            f"--data.folds {config.folds} has no effect beside a test split that is given", "Leave one of them out."
+        )
+    if config.fold >= config.folds:
+        raise ConfigError(
+            f"--data.fold {config.fold} is none of {config.folds} folds", f"They are 0 to {config.folds - 1}."
+        )
+
+
+def hold_out(
+    config: HeldOut,
+    roles: Roles,
+    codes: Codes,
+    order: Order,
+    taken: Container[int],
+    names: Sequence[str],
+) -> Roles:
+    """Take the splits in `taken` from the training data: the test as a fold or a share, then shares for the others.
+
+    Raises:
+        DataError: a class has too few rows to be in every split, or in every fold.
+    """
+    shares = {VALIDATION: config.validation_share, TEST: config.test_share}
+    wanted = {role: share for role, share in shares.items() if role in taken}
+    if config.folds:
+        roles = _take_fold(roles, codes, order, config.folds, config.fold, names)
+        wanted.pop(TEST)
+    return take_shares(roles, codes, order, wanted, names)
+
+
+def _take_fold(roles: Roles, codes: Codes, order: Order, folds: int, fold: int, names: Sequence[str]) -> Roles:
+    """Move every class's rows of one fold to the test: each row is in the test of exactly one fold."""
+    pool = np.flatnonzero(roles == TRAIN)
+    classes, code = np.unique(codes[pool], return_inverse=True)
+    counts = np.bincount(code)
+    _check_rare(counts, [names[index] for index in classes], folds, "folds")
+    # Classes go on where the one before ended, so that the folds are of the same size.
+    begins = (np.cumsum(counts) - counts)[code]
+    result = roles.copy()
+    result[pool[(_place_in_class(code, order[pool], counts) + begins) % folds == fold]] = TEST
+    return result
 
 
 def shuffle_key(keys: Keys, seed: int) -> Order:
@@ -219,11 +283,11 @@ def _place_in_class(code: Rows, order: Order, counts: Rows) -> Rows:
     return place
 
 
-def _check_rare(counts: Rows, names: list[str], needed: int) -> None:
+def _check_rare(counts: Rows, names: list[str], needed: int, of: str = "splits") -> None:
     rare = [f"'{names[index]}' ({counts[index]})" for index in np.flatnonzero(counts < needed)]
     if rare:
         raise DataError(
-            f"too few rows to be in each of {needed} splits, after cleaning: {', '.join(rare[:5])}"
+            f"too few rows to be in each of {needed} {of}, after cleaning: {', '.join(rare[:5])}"
             f"{' …' if len(rare) > 5 else ''}",
             f"Remove or merge these classes, or add rows until each has {needed}; or give the splits yourself with "
             "--data.validation and --data.test.",

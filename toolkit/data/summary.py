@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.config import ChatConfig, CorpusConfig, PairsConfig
+from toolkit.config import ChatConfig, CorpusConfig, PairsConfig, TextDataConfig
 from toolkit.data.examples import Examples
 from toolkit.data.language import LanguageData
 from toolkit.data.text_classification import TextClassification
@@ -22,7 +22,7 @@ def plan_rows(data: TextClassification, max_length: int) -> dict[str, str]:
     return {
         "source": str(facts["source"]),
         "samples": ", ".join(f"{count:,} {name}" for name, count in sizes.items()),
-        "labels": f"{len(data.labels)}, the most frequent has {majority(data):.1%} of the test",
+        "labels": facts.get("about") or f"{len(data.labels)}, the most frequent has {majority(data):.1%} of the test",
         "dropped": ", ".join(f"{count:,} {name}" for name, count in dropped.items()) or "nothing",
         "length": f"at most {max_length} tokens, which cuts {truncated:.0%} of the training samples",
     }
@@ -39,6 +39,8 @@ def report_facts(data: TextClassification, max_length: int) -> dict[str, Any]:
         "lengths": _lengths(facts["token_lengths"]),
         "max_length": max_length,
         "truncated": facts["truncated"],
+        "stages": facts["stages"],
+        **({"constant": facts["constant"]} if "constant" in facts else {}),
         "warnings": facts["warnings"],
     }
 
@@ -72,6 +74,7 @@ def report_of_texts(data: LanguageData, max_length: int) -> dict[str, Any]:
         "lengths": _lengths(facts["token_lengths"]),
         "max_length": max_length,
         "truncated": facts["cut"],
+        "stages": facts["stages"],
         "warnings": facts["warnings"],
     }
 
@@ -110,6 +113,7 @@ def report_of_chats(data: LanguageData, max_length: int, name: str = "conversati
         "max_length": max_length,
         "truncated": facts["cut"],
         "endless": facts["endless"],
+        "stages": facts["stages"],
         "warnings": facts["warnings"],
     }
 
@@ -168,15 +172,25 @@ def report_of_examples(data: Examples, max_length: int | None = None) -> dict[st
         "passes": facts["passes"],
         "dropped": facts["dropped"],
         "languages": facts["languages"],
+        "stages": facts["stages"],
         "warnings": facts["warnings"],
         **lengths,
     }
 
 
-def majority(data: TextClassification) -> float:
-    """Share of the test's most frequent label: the accuracy of a constant answer."""
+def majority(data: TextClassification) -> float | None:
+    """Share of the test's most frequent label, the accuracy of a constant answer; None where it is not one of them."""
+    if "constant" in data.facts:
+        return None
     counts = data.facts["samples"]["test"].values()
     return float(max(counts) / sum(counts))
+
+
+def predict_example(config: TextDataConfig) -> str:
+    """What `toolkit predict` is to be given: a text, or a row with both of a pair."""
+    if config.text_pair is None:
+        return '"TEXT"'
+    return f'\'{{"{config.text}": "TEXT", "{config.text_pair}": "TEXT"}}\''
 
 
 def _sources(facts: Mapping[str, Any]) -> str:

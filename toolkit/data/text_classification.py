@@ -15,19 +15,24 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, load_from_disk
 
 from toolkit.config import TextDataConfig
-from toolkit.data.clean import clean
+from toolkit.data.clean import Cleaned, clean
 from toolkit.data.files import ROLES, Role
-from toolkit.data.mapping import ROWS_FOR_A_BAR, quiet
+from toolkit.data.mapping import ROWS_FOR_A_BAR, normalised_texts, quiet
 from toolkit.data.prepared import fingerprint, prepared
-from toolkit.data.sources import Source, digest, read, resolve
-from toolkit.data.split import check_shares, split
+from toolkit.data.sources import Corpus, Source, digest, read, resolve
+from toolkit.data.split import Split, check_shares, split
+from toolkit.data.stages import Stages
 from toolkit.data.tokenize import EDGES, check_tokenizer, length_histogram, tokenize, tokenizer_fingerprint
 from toolkit.errors import DataError
+from toolkit.normalise import check_normalisation
 
-_REVISION = 1
+_REVISION = 2
 """To be raised with every change of this package that changes its result: older caches are then not used."""
 _FACTS = "facts.json"
-_NOT_CONTENT = ("name", "revision", "validation", "test", "workers", "tokenize_processes", "max_bad_rows")
+_NOT_CONTENT = (
+    *("name", "revision", "validation", "test", "workers", "tokenize_processes", "max_bad_rows"),
+    *("text_pair", "target", "separator"),  # which are not read here
+)
 _MANY_UNKNOWN = 0.1
 
 
@@ -68,6 +73,7 @@ def text_classification(config: TextDataConfig, tokenizer: Any) -> TextClassific
         ConfigError: a setting that cannot take effect or is out of range.
         DataError: data that is missing, malformed or unfit.
     """
+    check_normalisation(config.normalise)
     source = resolve(config)
     if source.hub is None:
         check_shares(config, source.parts)  # before anything is read
@@ -96,12 +102,24 @@ def _load(folder: Path) -> tuple[dict[Role, Dataset], dict[str, Any]] | None:
     return (splits, stored) if whole else None
 
 
+def cleaned_and_split(
+    config: TextDataConfig, source: Source, scratch: Path
+) -> tuple[Corpus, Cleaned, Split, list[dict[str, Any]]]:
+    """Labelled texts as they are before they are cut into tokens: all rows, what was made of them, and the stages."""
+    corpus = read(source, config.text, config.label, scratch)
+    texts = normalised_texts(corpus.texts, config.normalise, processes=config.tokenize_processes, scratch=scratch)
+    corpus = dataclasses.replace(corpus, texts=texts)
+    stages = Stages(corpus.texts)
+    cleaned = clean(corpus, config, scratch, stages.note)
+    chosen = split(config, cleaned, [ROLES[role] for role in np.unique(corpus.roles)])
+    stages.note("beyond the wished number, or in another split", chosen.roles)
+    return corpus, cleaned, chosen, stages.facts
+
+
 def _prepare(config: TextDataConfig, source: Source, tokenizer: Any, result: Path, scratch: Path) -> None:
     """Write the splits and their facts to `result`."""
-    corpus = read(source, config.text, config.label, scratch)
+    corpus, cleaned, chosen, stages = cleaned_and_split(config, source, scratch)
     given = [ROLES[role] for role in np.unique(corpus.roles)]
-    cleaned = clean(corpus, config, scratch)
-    chosen = split(config, cleaned, given)
     facts: dict[str, Any] = {
         "rows_read": {name: int(np.sum(corpus.roles == role)) for role, name in enumerate(ROLES) if name in given},
         **cleaned.dropped,
@@ -111,6 +129,7 @@ def _prepare(config: TextDataConfig, source: Source, tokenizer: Any, result: Pat
         "unknown_tokens": {},
         "token_lengths": {"edges": EDGES},
         "warnings": [*cleaned.warnings, *chosen.warnings],
+        "stages": stages,
     }
     for role, name in enumerate(ROLES):
         rows = np.flatnonzero(chosen.roles == role)

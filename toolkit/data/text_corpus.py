@@ -14,26 +14,28 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 
-from toolkit import samples
 from toolkit.config import CorpusConfig, SourcesConfig
 from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Roles, drop_leaks, drop_repeats, group_texts, key_texts
+from toolkit.data.collect import collected
 from toolkit.data.contamination import drop_contaminated
 from toolkit.data.contents import Contents
 from toolkit.data.files import ROLES, Part, Role, read_part
 from toolkit.data.filters import check_filters, drop_unwanted
 from toolkit.data.hub import HubData, find, read_hub
-from toolkit.data.mapping import ROWS_FOR_A_BAR, quiet
+from toolkit.data.mapping import ROWS_FOR_A_BAR, normalised_texts, quiet
 from toolkit.data.near import check_near, drop_near
 from toolkit.data.prepared import fingerprint, prepared
-from toolkit.data.sources import file_digest, find_part, is_local
-from toolkit.data.split import limit, shuffle_key, take_shares
+from toolkit.data.sources import file_digest, find_parallel, find_part, is_local, sample_parts
+from toolkit.data.split import check_folds, hold_out, limit, shuffle_key
+from toolkit.data.stages import Stages
 from toolkit.data.stored import load_splits, save_splits
 from toolkit.errors import ConfigError, DataError
+from toolkit.normalise import check_normalisation
 
-_REVISION = 3
+_REVISION = 4
 """To be raised with every change of this package that changes its result: older caches are then not used."""
-_SPLITS = ("validation_share", "test_share", "train_texts", "split_seed", "deduplicate")
-_CLEANING = ("min_chars", "max_chars", "languages", "near_duplicates", "decontaminate")
+_SPLITS = ("validation_share", "test_share", "folds", "fold", "train_texts", "split_seed", "deduplicate")
+_CLEANING = ("normalise", "min_chars", "max_chars", "languages", "near_duplicates", "decontaminate")
 Place = Part | HubData
 
 
@@ -78,7 +80,7 @@ def text_corpus(config: CorpusConfig) -> TextCorpus:
         ConfigError: a setting that cannot take effect or is out of range.
         DataError: data that is missing, malformed or unfit.
     """
-    read = functools.partial(_read_texts, text=config.text)
+    read = functools.partial(_read_texts, config=config)
     return gather(config, read, {"text": config.text, "texts_in": config.texts_in}, texts_in=config.texts_in)
 
 
@@ -99,13 +101,22 @@ def gather(
         texts_in: for .txt files, as in CorpusConfig; None where such files are none of this kind.
         words: what a text says, where that is not all of it: by this it is filtered and compared; picklable.
     """
-    if not config.name or not all(config.name):
-        raise ConfigError("--data.name is empty", "Give a file, a folder, a glob, a hub id or sample:NAME.")
-    names: dict[Role, tuple[str, ...]] = {"train": config.name, "validation": config.validation, "test": config.test}
-    _check_shares(config)
+    return gather_places(config, read, find_places(config, texts_in), settings, words=words)
+
+
+def gather_places(
+    config: SourcesConfig,
+    read: Reader,
+    places: Mapping[Role, Sequence[Place]],
+    settings: Mapping[str, Any],
+    *,
+    words: Callable[[str], str] = str,
+) -> TextCorpus:
+    """The same for places that have been found: those of each split, of which only `train` must have some."""
+    check_normalisation(config.normalise)
     check_filters(config)
     check_near(config)
-    places = {role: [_find(name, role, texts_in) for name in found] for role, found in names.items()}
+    _check_shares(config, places)
     content = {role: [_digest(place) for place in found] for role, found in places.items()}
     name = fingerprint("texts", _REVISION, content, [getattr(config, key) for key in _SPLITS + _CLEANING], settings)
     splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, read, places, words))
@@ -114,8 +125,27 @@ def gather(
     return TextCorpus(splits, facts, name)
 
 
-def _check_shares(config: SourcesConfig) -> None:
-    held_out = (0 if config.validation else config.validation_share) + (0 if config.test else config.test_share)
+def find_places(config: SourcesConfig, texts_in: Any = None) -> dict[Role, list[Place]]:
+    """Where the data of each split are; no split but that of training need have any.
+
+    Raises:
+        ConfigError: no name is given.
+        DataError: a file is missing or of no kind that can be read.
+    """
+    if not config.name or not all(config.name):
+        raise ConfigError("--data.name is empty", "Give a file, a folder, a glob, a hub id or sample:NAME.")
+    names: dict[Role, tuple[str, ...]] = {"train": config.name, "validation": config.validation, "test": config.test}
+    places = {role: [_find(name, role, texts_in) for name in found] for role, found in names.items()}
+    for role in ROLES[1:]:
+        places[role] = places[role] or _of_samples(config.name, role)
+    return places
+
+
+def _check_shares(config: SourcesConfig, places: Mapping[Role, Sequence[Place]]) -> None:
+    check_folds(config, given_test=bool(places["test"]))
+    held_out = (0 if places["validation"] else config.validation_share) + (
+        0 if places["test"] or config.folds else config.test_share
+    )
     if held_out >= 1:
         raise ConfigError(
             f"--data.validation_share and --data.test_share hold out {held_out:g} of the data, which leaves none",
@@ -126,11 +156,20 @@ def _check_shares(config: SourcesConfig) -> None:
 def _find(name: str, role: Role, texts_in: Any) -> Place:
     key = "--data.name" if role == "train" else f"--data.{role}"
     if name.startswith("sample:"):
-        return Part("jsonl", (samples.fetch(name.removeprefix("sample:")) / "data.jsonl",))
+        return sample_parts(name)["train"]
+    name = collected(name)
+    if texts_in is None and (parallel := find_parallel(name, key)):
+        return parallel
     if not is_local(name):
         return find(name, None)
     part = find_part(name, key, plain=texts_in is not None)
     return dataclasses.replace(part, texts_in=texts_in) if texts_in else part
+
+
+def _of_samples(names: Sequence[str], role: Role) -> list[Place]:
+    """The splits that samples among the sources bring along."""
+    found = (sample_parts(name).get(role) for name in names if name.startswith("sample:"))
+    return [part for part in found if part is not None]
 
 
 def _digest(place: Place) -> list[Any]:
@@ -173,9 +212,9 @@ def _prepare(
     """Write the splits and their facts to `result`."""
     rows = _read_all(read, places, scratch)
     contents = Contents(rows.texts, words, config.tokenize_processes, scratch)
-    kept, dropped, languages = _cleaned_and_split(
-        config, rows, contents, {ROLES.index(role) for role in places if places[role]}
-    )
+    stages = Stages(rows.texts, words, [f"{where}: {why}" for where, why in rows.faults])
+    given = {ROLES.index(role) for role in places if places[role]}
+    kept, dropped, languages = _cleaned_and_split(config, rows, contents, given, stages)
     chosen = {name: np.flatnonzero(kept == role) for role, name in enumerate(ROLES)}
     if empty := [name for name, numbers in chosen.items() if not len(numbers)]:
         raise DataError(
@@ -188,6 +227,7 @@ def _prepare(
         "languages": languages,
         "texts": {name: len(numbers) for name, numbers in chosen.items()},
         "warnings": _warnings(rows.faults),
+        "stages": stages.facts,
     }
     with quiet(bars=len(kept) >= ROWS_FOR_A_BAR):
         tables = {name: rows.texts.select(at).add_column("source", rows.sources[at]) for name, at in chosen.items()}
@@ -195,7 +235,7 @@ def _prepare(
 
 
 def _cleaned_and_split(
-    config: SourcesConfig, rows: _Read, contents: Contents, given: Container[int]
+    config: SourcesConfig, rows: _Read, contents: Contents, given: Container[int], stages: Stages
 ) -> tuple[Roles, dict[str, int], dict[str, int]]:
     """The split of each row or `DROPPED`; how many rows were dropped for which reason; how many texts were in which
     language.
@@ -203,29 +243,39 @@ def _cleaned_and_split(
     keyed = key_texts(rows.texts, config.tokenize_processes, contents.scratch)
     groups, one_class = group_texts(keyed.keys), np.zeros(len(rows.roles), np.int32)
     kept = np.where(keyed.blank, DROPPED, rows.roles).astype(np.int8)
+    stages.note("blank", kept)
     kept, unwanted, languages = drop_unwanted(contents, kept, config)
+    if unwanted:
+        stages.note("length and language", kept)
     repeats = 0
     if config.deduplicate:
         kept, repeats, _ = drop_repeats(kept, groups, one_class)
+        stages.note("repeats", kept)
     kept, leaks = drop_leaks(kept, groups)
+    stages.note("in a held-out split", kept)
     # Before the split, so that no text is held out while one like it is trained on.
     kept, near = drop_near(contents, kept, keyed.keys, config.near_duplicates)
+    if near:
+        stages.note("near-duplicates", kept)
     dropped = {"malformed": len(rows.faults), "blank": int(np.sum(keyed.blank)), **unwanted, "repeated": repeats}
     dropped |= {"in a held-out split": sum(leaks.values()), **near}
     order = shuffle_key(keyed.keys, config.split_seed)
-    shares = {VALIDATION: config.validation_share, TEST: config.test_share}
-    taken = {role: share for role, share in shares.items() if role not in given}
+    taken = {role for role in (VALIDATION, TEST) if role not in given}
     if np.sum(kept == TRAIN) <= len(taken):
         raise DataError(
             f"{int(np.sum(kept == TRAIN))} training texts are left after cleaning{_of_these(dropped)}, which is too "
             "few to hold some out",
             "Give more texts; for .txt files, --data.texts_in paragraph or line makes more of one file.",
         )
-    kept = take_shares(kept, one_class, order, taken, ("text",))
+    kept = hold_out(config, kept, one_class, order, taken, ("text",))
     if not config.deduplicate:
         kept, _ = drop_leaks(kept, groups)  # repeats may be trained on, but not tested on
     kept, contaminated = drop_contaminated(contents, kept, config.decontaminate)
-    return limit(kept, TRAIN, config.train_texts, one_class, order), dropped | contaminated, languages
+    if contaminated:
+        stages.note("passages of a held-out split", kept)
+    kept = limit(kept, TRAIN, config.train_texts, one_class, order)
+    stages.note("beyond the wished number", kept)
+    return kept, dropped | contaminated, languages
 
 
 def _of_these(dropped: Mapping[str, int]) -> str:
@@ -242,11 +292,15 @@ def _warnings(faults: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{len(faults):,} malformed rows are left out: {'; '.join(told)}{rest}"] if faults else []
 
 
-def _read_texts(place: Place, role: Role, scratch: Path, text: str) -> Iterator[Rows]:
+def _read_texts(place: Place, role: Role, scratch: Path, config: CorpusConfig) -> Iterator[Rows]:
     if isinstance(place, Part):
-        for found in read_part(place, text, None, scratch):
-            yield Rows(found.texts)
+        tables: Iterator[Dataset] = (found.texts for found in read_part(place, config.text, None, scratch))
     else:
-        splits = dict(read_hub(place, text, None))
+        splits = dict(read_hub(place, config.text, None))
         # Of a data set with splits the one of that role, where it has it.
-        yield Rows(splits.get(role, splits["train"]).texts)
+        tables = iter([splits.get(role, splits["train"]).texts])
+    for texts in tables:
+        title = f"Normalising {len(list(scratch.iterdir()))}"
+        yield Rows(
+            normalised_texts(texts, config.normalise, processes=config.tokenize_processes, scratch=scratch, title=title)
+        )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable
+from collections.abc import Sequence as Several
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,22 @@ def encode(texts: Iterable[str | None], tokenizer: Any, max_length: int) -> Any:
         A `transformers.BatchEncoding`; its `input_ids` are a list of int for each text.
     """
     return tokenizer(list(texts), truncation=True, max_length=max_length, **_OPTIONS)
+
+
+def encode_pairs(pairs: Several[Several[str]], tokenizer: Any, max_length: int) -> Any:
+    """The same for pairs of texts, of which the longer one loses its end first.
+
+    Returns:
+        `input_ids`, and `token_type_ids` where the tokenizer's models read them: which of the two a token is of.
+    """
+    first, second = ([str(pair[place]) for pair in pairs] for place in (0, 1))
+    return tokenizer(
+        first,
+        second,
+        truncation="longest_first",
+        max_length=max_length,
+        **_OPTIONS | {"return_token_type_ids": "token_type_ids" in tokenizer.model_input_names},
+    )
 
 
 def tokenize(

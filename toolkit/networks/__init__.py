@@ -11,14 +11,21 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
+from toolkit.networks.bag_of_words import BagOfWordsForSequenceClassification
 from toolkit.networks.efficientnet_lite import EfficientNetLiteForImageClassification
 from toolkit.networks.image_cnn import ImageCnnForImageClassification
 from toolkit.networks.image_mlp import ImageMlpForImageClassification
+from toolkit.networks.next_item import GPT2ForNextItem
+from toolkit.networks.tables import FTTransformerForTables, MlpForTables
 
 NETWORKS: tuple[type[PreTrainedModel], ...] = (
+    BagOfWordsForSequenceClassification,
     EfficientNetLiteForImageClassification,
+    FTTransformerForTables,
+    GPT2ForNextItem,
     ImageCnnForImageClassification,
     ImageMlpForImageClassification,
+    MlpForTables,
 )
 """All of them."""
 

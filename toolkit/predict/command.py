@@ -14,6 +14,7 @@ from typing import Any
 
 from toolkit import predict
 from toolkit.errors import ConfigError, DataError
+from toolkit.normalise import normalise_row
 from toolkit.predict.kinds import Kind, check_options, load_answerer
 from toolkit.predict.output import open_sink, progress_bar, shown
 from toolkit.predict.saved import SavedModel, find_model
@@ -35,14 +36,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="a text (behind -- if it begins with -); or - to read them from standard input, one a line",
     )
     parser.add_argument(
-        "--file", type=Path, help="texts to classify or go on with: " + ", ".join(FILE_TYPES) + " (.txt: one a line)"
+        "--file",
+        type=Path,
+        help="texts to classify, translate or go on with: " + ", ".join(FILE_TYPES) + " (.txt: one a line)",
     )
     parser.add_argument("--text", metavar="COLUMN", help="column of the texts in --file (default: text)")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line, with all probabilities")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to a .csv or .jsonl file")
     parser.add_argument("--top", type=_count, metavar="K", help="give the K most likely labels (default: 1; JSON: all)")
     parser.add_argument(
-        "--tokens", type=_count, metavar="N", help="a language model adds N tokens at most (default: 100)"
+        "--tokens", type=_count, metavar="N", help="write N tokens at most (a language model: 100; else as in the run)"
     )
     parser.add_argument(
         "--temperature",
@@ -78,6 +81,8 @@ def run(arguments: Namespace) -> int:
     options = {name: value for name, value in options.items() if value is not None and value is not False}
     check_options(saved.kind, options)
     inputs, total = _inputs_of(arguments, saved.kind)
+    if saved.normalise:
+        inputs = (normalise_row(one, saved.normalise) for one in inputs)
     _silence_libraries()
     if saved.kind.answerer:
         return _answer(arguments, saved, inputs, options)

@@ -41,6 +41,48 @@ WRITER = Kind(
     options=frozenset({"tokens", "temperature", "plain"}),
     answerer="toolkit.predict.writer:WriterAnswers",
 )
+TAGGER = Kind(
+    "a tagger, which marks names in texts",
+    ("ForTokenClassification",),
+    options=frozenset({"max_length"}),
+    answerer="toolkit.predict.tagger:Tagger",
+)
+READER = Kind(
+    "a reader, which finds answers in passages",
+    ("ForQuestionAnswering",),
+    reads="rows",
+    options=frozenset({"max_length"}),
+    answerer="toolkit.predict.reader:Reader",
+)
+SCORER = Kind(
+    "a model that gives a text several labels or a number, or reads pairs of texts",
+    (),
+    options=frozenset({"max_length"}),
+    answerer="toolkit.predict.scorer:Scorer",
+)
+"""Of the same classes as `CLASSIFIER`: told apart by the configuration of the model or of the run."""
+TRANSLATOR = Kind(
+    "an encoder–decoder, which writes a text for each",
+    ("ForConditionalGeneration", "MTModel"),
+    options=frozenset({"tokens", "max_length"}),
+    answerer="toolkit.predict.translator:Translator",
+)
+TABLE = Kind(
+    "a network of tables",
+    ("ForTables",),
+    reads="rows",
+    options=frozenset({"top"}),
+    tokenizer=False,
+    answerer="toolkit.predict.rows:TableAnswers",
+)
+NEXT_ITEM = Kind(
+    "a network that foresees the next item",
+    ("ForNextItem",),
+    reads="rows",
+    options=frozenset({"top"}),
+    tokenizer=False,
+    answerer="toolkit.predict.rows:NextItemAnswers",
+)
 IMAGES = Kind(
     "a classifier of images",
     ("ForImageClassification",),
@@ -50,8 +92,25 @@ IMAGES = Kind(
     answerer="toolkit.predict.images:ImageAnswers",
     suffixes=(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
-KINDS: tuple[Kind, ...] = (CLASSIFIER, WRITER, IMAGES)
-"""All that are known."""
+ENCODER = Kind(
+    "an encoder, which gives the vectors of texts",
+    ("Model",),
+    options=frozenset({"max_length"}),
+    answerer="toolkit.predict.encoder:EncoderAnswers",
+)
+KINDS: tuple[Kind, ...] = (
+    CLASSIFIER,
+    WRITER,
+    TAGGER,
+    READER,
+    SCORER,
+    TABLE,
+    NEXT_ITEM,
+    IMAGES,
+    ENCODER,
+    TRANSLATOR,  # behind all whose names end as its own do
+)
+"""All that are known; of several that a name fits, the first counts."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +135,7 @@ class Answerer(Protocol):
 
 def kind_of(architecture: str) -> Kind | None:
     """The kind of a class of models; None where there is none."""
-    return next((kind for kind in KINDS if architecture.endswith(kind.architectures)), None)
+    return next((kind for kind in KINDS if kind.architectures and architecture.endswith(kind.architectures)), None)
 
 
 def load_answerer(kind: Kind, saved: Any, **options: Any) -> Answerer:

@@ -13,11 +13,13 @@ class Prediction:
 
     Attributes:
         text: as it was given.
-        scores: probability of each label, the most likely first.
+        scores: probability of each label, the most likely first; of a model that gives a number, that.
+        pair: the second text of a pair.
     """
 
     text: str
     scores: Mapping[str, float]
+    pair: str | None = None
 
     @property
     def label(self) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from toolkit.errors import CheckpointError, ModelError, nearest
-from toolkit.predict.kinds import CLASSIFIER, KINDS, Kind, kind_of
+from toolkit.predict.kinds import CLASSIFIER, KINDS, SCORER, Kind, kind_of
 from toolkit.report import RunFolder
 
 _VOCABULARIES = (
@@ -28,12 +29,19 @@ class SavedModel:
         max_length: tokens to which the run cut its texts; None where no run says so.
         kind: what it answers to, and how.
         status: how the run ended, as its report says; empty where it says nothing.
+        data: settings of the run's data; empty where no run is known.
     """
 
     folder: Path
     max_length: int | None
     kind: Kind = CLASSIFIER
     status: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def normalise(self) -> tuple[Any, ...]:
+        """What the run did to each text first."""
+        return tuple(self.data.get("normalise") or ())
 
 
 def find_model(run: Path) -> SavedModel:
@@ -54,18 +62,22 @@ def find_model(run: Path) -> SavedModel:
     if (run / "config.yaml").is_file():
         if not (run / "model" / "config.json").is_file():
             raise _no_model(run)
-        return SavedModel(run / "model", _max_length(run), _check_model(run / "model"), _status(run))
+        return _of_run(run / "model", run)
     if (run / "config.json").is_file():
-        kind = _check_model(run)
         parent = run.resolve().parent
-        its_run = parent if run.resolve().name == "model" and (parent / "config.yaml").is_file() else None
-        length, status = (_max_length(its_run), _status(its_run)) if its_run else (None, "")
-        return SavedModel(run, length, kind, status)
+        known = run.resolve().name == "model" and (parent / "config.yaml").is_file()
+        return _of_run(run, parent) if known else SavedModel(run, None, _check_model(run, {}))
     runs = sorted(path.parent.name for path in run.glob("*/config.yaml"))
     raise CheckpointError(
         f"{run} is no run (it has no config.yaml) and no model (it has no config.json)",
         f"Name one of the runs in it: {', '.join(runs[-8:])}." if runs else "Name the folder of a run.",
     )
+
+
+def _of_run(folder: Path, run: Path) -> SavedModel:
+    data = _settings(run).get("data")
+    data = data if isinstance(data, dict) else {}
+    return SavedModel(folder, _max_length(run, data), _check_model(folder, data), _status(run), data)
 
 
 def _no_model(run: Path) -> CheckpointError:
@@ -82,7 +94,7 @@ def _no_model(run: Path) -> CheckpointError:
     )
 
 
-def _check_model(folder: Path) -> Kind:
+def _check_model(folder: Path, data: Mapping[str, Any]) -> Kind:
     """The kind of the model in `folder`; ModelError where the files are no model that could be loaded."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -99,11 +111,10 @@ def _check_model(folder: Path) -> Kind:
             f"the model in {folder} is {found}, which this command does not know",
             f"It knows {'; '.join(known.about for known in KINDS)}.",
         )
-    if config.get("problem_type") in ("regression", "multi_label_classification"):
-        raise ModelError(
-            f"the model in {folder} is made for {config['problem_type']}",
-            "This command puts each text into one of several classes.",
-        )
+    if kind is CLASSIFIER and data.get("text_pair"):
+        kind = replace(SCORER, reads="rows")
+    elif kind is CLASSIFIER and config.get("problem_type") in ("regression", "multi_label_classification"):
+        kind = SCORER
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         raise ModelError(
@@ -130,9 +141,8 @@ def _settings(run: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _max_length(run: Path) -> int | None:
-    data = _settings(run).get("data")
-    length = data.get("max_length") if isinstance(data, dict) else None
+def _max_length(run: Path, data: Mapping[str, Any]) -> int | None:
+    length = data.get("max_length")
     if length is not None and (not isinstance(length, int) or length < 1):
         raise CheckpointError(
             f"{run}/config.yaml says data.max_length: {length}", "Write there to how many tokens the run cut its texts."

@@ -44,6 +44,24 @@ def read_rows(file: Path) -> Iterator[Mapping[str, Any]]:
     return (row for _, row in _rows(file, None))
 
 
+def of_row(row: Mapping[str, Any], columns: Sequence[str], number: int) -> list[str]:
+    """The texts in some columns of a row, none of them empty; `number` is what errors call it by.
+
+    Raises:
+        DataError: it lacks one of them.
+    """
+    texts = []
+    for column in columns:
+        if not isinstance(row.get(column), str):
+            there = ", ".join(f"'{name}'" for name in row)
+            raise DataError(
+                f"row {number} has no text in a column '{column}'; it has {there or 'none'}.{nearest(column, row)}",
+                f"This model reads rows with the columns {' and '.join(columns)}.",
+            )
+        texts.append(checked(row[column], f"row {number}, column '{column}'"))
+    return texts
+
+
 def _rows(file: Path, column: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each row behind where it is; a line of a .txt file is one with this column, which all others must have."""
     suffix = file.suffix.lower()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import transformers
 
 from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.data import answer_end, question
+from toolkit.data.text_pairs import source_tokens
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.generation import beginning
 from toolkit.predict.kinds import Answer
 from toolkit.predict.saved import SavedModel, first_line
+
+_FALLBACK_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,10 @@ class Writer:
         if plain and not chat:
             raise ConfigError("--plain has no effect on a model without a chat template", "Drop it.")
         self.answers = chat and not plain
-        self._encode = question if self.answers else beginning
+        self._encode: Callable[[str, Any], list[int]] = question if self.answers else beginning
+        asked = saved.data.get("instruction")
+        if self.answers and asked is not None:  # a chat model that was taught to do one thing with each text
+            self._encode = partial(source_tokens, room=saved.max_length or _FALLBACK_LENGTH, asked=asked)
         self._ends = {self._tokenizer.eos_token_id, *([answer_end(self._tokenizer)] if self.answers else [])}
         self._model.to("cuda" if gpu and device != "cpu" else "cpu").eval()
 

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-def write_html(folder: Path) -> Path:
+def write_html(folder: Path | RunFolder) -> Path:
     """Write `report.html` into a run's folder; see `toolkit.report.html.write_html`."""
     from toolkit.report.html import write_html as write
 

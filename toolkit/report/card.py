@@ -11,7 +11,7 @@ import yaml
 
 from toolkit.report.figures import figures_in, titled
 
-_SECTIONS = ("model", "data", "preference", "strategy", "training")
+_SECTIONS = ("model", "data", "preference", "contrast", "strategy", "training")
 """Of the plan, those that a reader of the model asks for."""
 _VERSIONS = ("largemodel-toolkit", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

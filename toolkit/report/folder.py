@@ -23,7 +23,8 @@ from typing import IO, Any
 import psutil
 import yaml
 
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, FencedError
+from toolkit.lease import Guard, unguarded
 
 REDACTED = "REDACTED"
 
@@ -59,10 +60,16 @@ _COUNT = re.compile(r"\d{1,12}(\.\d{1,6})?")
 
 
 class RunFolder:
-    """The folder of one run. Writers create it; readers raise `CheckpointError` on what is missing or damaged."""
+    """The folder of one run. Writers create it; readers raise `CheckpointError` on what is missing or damaged.
 
-    def __init__(self, path: Path | str) -> None:
+    Args:
+        path: of the folder.
+        guard: asked before anything is published.
+    """
+
+    def __init__(self, path: Path | str, guard: Guard = unguarded) -> None:
         self.path = Path(path)
+        self._guard = guard
         self.config_path = self.path / "config.yaml"
         self.manifest_path = self.path / "manifest.json"
         self.metrics_path = self.path / "metrics.jsonl"
@@ -71,23 +78,23 @@ class RunFolder:
 
     def write_config(self, yaml_text: str) -> None:
         """Write the resolved configuration as it stands, or with its secrets blanked where it has any."""
-        _write(self.config_path, _redact_yaml(yaml_text))
+        _write(self.config_path, _redact_yaml(yaml_text), self._guard)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Write `manifest.json`."""
-        _write_json(self.manifest_path, redact(manifest))
+        _write_json(self.manifest_path, redact(manifest), self._guard)
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Write `report.json`, the final figures."""
-        _write_json(self.report_path, report)
+        _write_json(self.report_path, report, self._guard)
 
     def write_page(self, html: str) -> None:
         """Write `report.html`; `toolkit.report.write_html` makes the text of it."""
-        _write(self.html_path, html)
+        _write(self.html_path, html, self._guard)
 
     def write_card(self, text: str) -> None:
         """Write the README of the saved model, which is there."""
-        _write(self.path / "model" / "README.md", text)
+        _write(self.path / "model" / "README.md", text, self._guard)
 
     def append_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append one JSON object a line to `metrics.jsonl` and flush; a number that is not finite becomes null."""
@@ -95,6 +102,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with self.metrics_path.open("ab+") as file:
+                self._guard()
                 _mend_tail(file)
                 file.write(text.encode())
                 file.flush()
@@ -105,7 +113,8 @@ class RunFolder:
         """Drop the lines past `last_step`: a resumed run calls it before it takes its first step."""
         if self.metrics_path.exists():
             kept = [line for line in self.read_metrics() if (line.get("step") or 0) <= last_step]
-            _write(self.metrics_path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+            _write(self.metrics_path, text, self._guard)
 
     def read_config(self) -> str:
         """The text of `config.yaml`."""
@@ -296,11 +305,11 @@ def _plain(value: Any) -> Any:
     return redact(str(value).encode("utf-8", "backslashreplace").decode())
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(_plain(content), ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+def _write_json(path: Path, content: Mapping[str, Any], guard: Guard) -> None:
+    _write(path, json.dumps(_plain(content), ensure_ascii=False, allow_nan=False, indent=2) + "\n", guard)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, guard: Guard) -> None:
     """Write through a temporary file, so that `path` holds the old text or the new one, whatever happens."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -309,7 +318,11 @@ def _write(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        guard()
         temporary.replace(path)
+    except FencedError:
+        temporary.unlink(missing_ok=True)
+        raise
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _not_written(path, error) from error

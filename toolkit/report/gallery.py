@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-from toolkit.report.plots import clean, shorten
-
-CSS = """
-.gallery{display:flex;flex-wrap:wrap;gap:.9rem}.gallery figure{margin:0;width:8rem}
-.gallery img{image-rendering:pixelated;max-width:100%;display:block;border:1px solid var(--line)}
-"""
+from toolkit.report.elements import escaped
+from toolkit.report.plots import shorten
 
 
 def gallery(mistakes: Sequence[Mapping[str, Any]]) -> str:
@@ -25,10 +20,10 @@ def gallery(mistakes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _picture(mistake: Mapping[str, Any]) -> str:
-    where, label, predicted = (escape(clean(mistake[key])) for key in ("where", "label", "predicted"))
-    caption = f"{escape(shorten(mistake['label']))}, taken for {escape(shorten(mistake['predicted']))}"
+    where, label, predicted = (escaped(mistake[key]) for key in ("where", "label", "predicted"))
+    caption = f"{escaped(shorten(mistake['label']))}, taken for {escaped(shorten(mistake['predicted']))}"
     return (
-        f'<figure><img src="data:image/png;base64,{escape(mistake["image"])}" title="{where}" '
+        f'<figure><img src="data:image/png;base64,{escaped(mistake["image"])}" title="{where}" '
         f'alt="{label}, taken for {predicted}"><figcaption>{caption} ({100 * mistake["score"]:.0f} %)'
         "</figcaption></figure>\n"
     )

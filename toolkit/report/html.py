@@ -6,57 +6,21 @@ dark setting and fits a phone. Whatever a run has not got to yet is left out.
 
 from __future__ import annotations
 
-import io
-import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from toolkit.errors import CheckpointError
 from toolkit.report import plots
+from toolkit.report.answer_plots import answer_plots
+from toolkit.report.data_page import stage_cards
+from toolkit.report.elements import bullets, card, escaped, figure, grid, page, readable, section, table
 from toolkit.report.figures import figures_in, titled
 from toolkit.report.folder import RunFolder
-from toolkit.report.gallery import CSS, gallery
-from toolkit.report.plots import COLORS, Plot, clean
+from toolkit.report.gallery import gallery
+from toolkit.report.plots import Plot
 from toolkit.report.step_time import step_time_bar, step_time_rows
-
-_SVG = "{http://www.w3.org/2000/svg}"
-_XLINK = "{http://www.w3.org/1999/xlink}"
-_CSS = """
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1160px;margin:0 auto;padding:1.5rem 1rem 4rem}
-h1{font-size:1.5rem;margin:0;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2.2rem 0 .8rem}
-h3{font-size:.95rem;margin:0 0 .5rem}p{margin:.4rem 0}.muted,figcaption{color:var(--muted);font-size:.85rem}
-.badge{display:inline-block;vertical-align:middle;margin-left:.6rem;padding:.1rem .6rem;border-radius:1rem;
-font-size:.8rem;font-weight:600;border:1px solid currentColor}
-.finished{color:var(--series-3)}.interrupted,.unfinished{color:var(--series-2)}.failed{color:var(--bad)}
-.tiles,.grid{display:grid;gap:.9rem}.tiles{grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));margin:1.2rem 0}
-.grid{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr));align-items:start}
-.card{background:var(--surface);border:1px solid var(--line);border-radius:.6rem;padding:.9rem 1rem;
-margin:0;min-width:0}
-.tile b{display:block;font-size:1.45rem;font-weight:650;font-variant-numeric:tabular-nums}
-.whole{grid-column:1/-1}.scroll-x{overflow-x:auto}.scroll{overflow:auto;max-height:32rem}
-figure svg{display:block;width:100%;height:auto;margin:0 auto}
-figure svg *{stroke-linejoin:round;stroke-linecap:butt}
-figure svg text{font-family:system-ui,-apple-system,"Segoe UI",sans-serif!important}
-figcaption{margin-top:.4rem}
-table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
-th,td{padding:.28rem .7rem .28rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);
-overflow-wrap:break-word}
-tr:last-child>*{border-bottom:0}th{font-weight:600}
-thead th{color:var(--muted);position:sticky;top:0;background:var(--surface)}
-th.n,td.n{text-align:right;white-space:nowrap;padding-right:.2rem;padding-left:.7rem}
-tr.changed td:last-child{font-weight:650;color:var(--series-2)}
-pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
-font:.82rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
-summary{cursor:pointer;font-weight:600}details pre{margin-top:.7rem}ul{margin:.3rem 0;padding-left:1.2rem}
-"""
-_PAGE_COLORS = {**COLORS, "--page": ("#f4f6f8", "#0e1319"), "--bad": ("#c62f2f", "#ff8080")}
 
 
 @dataclass(frozen=True)
@@ -77,17 +41,17 @@ class _Run:
         return part
 
 
-def write_html(folder: Path) -> Path:
+def write_html(folder: Path | RunFolder) -> Path:
     """Write `report.html` into a run's folder, from the files that are there.
 
     Raises:
         CheckpointError: there is no file of a run in `folder`, or one is damaged.
     """
-    files = RunFolder(folder)
+    files = folder if isinstance(folder, RunFolder) else RunFolder(folder)
     run = _read(files)
     with plots.plot_style():
         body = "".join(_sections(run))
-    files.write_page(_page(run, body))
+    files.write_page(page(f"{run.name} · training report", body))
     return files.html_path
 
 
@@ -106,42 +70,21 @@ def _read(files: RunFolder) -> _Run:
     )
 
 
-def _page(run: _Run, body: str) -> str:
-    light, dark = ("".join(f"{name}:{pair[i]};" for name, pair in _PAGE_COLORS.items()) for i in (0, 1))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{_text(run.name)} · training report</title>
-<style>
-:root{{color-scheme:light dark;{light}}}
-@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{_CSS}{CSS}</style>
-</head>
-<body>
-<main>
-{body}</main>
-</body>
-</html>
-"""
-
-
 def _sections(run: _Run) -> Iterable[str]:
     yield _head(run)
     yield _tiles(run)
-    yield _section("Data warnings", _list(run.part("data", "warnings")))
-    yield _section("Held-out test", _grid(_test_cards(run)))
-    yield _section("Training", _grid(map(_figure, _training_plots(run))))
-    yield _section("What the model writes", _texts(run.part("texts") or []))
-    yield _section("Where the time goes", _step_time(run.report.get("profile")))
-    yield _section("Data", _grid(map(_figure, _data_plots(run))))
-    yield _section("Plan", _grid(_plan_cards(run)))
-    yield _section("How it was run", _grid(_manifest_cards(run)))
+    yield section("Data warnings", bullets(run.part("data", "warnings")))
+    yield section("Held-out test", grid(_test_cards(run)))
+    yield section("Training", grid(map(figure, _training_plots(run))))
+    yield section("What the model writes", _texts(run.part("texts") or []))
+    yield section("Where the time goes", _step_time(run.report.get("profile")))
+    stages = run.part("data", "stages") or []
+    yield section("Data", grid([*map(figure, _data_plots(run)), *stage_cards(stages)]))
+    yield section("Plan", grid(_plan_cards(run)))
+    yield section("How it was run", grid(_manifest_cards(run)))
     if run.config:
-        config = f"<details><summary>config.yaml</summary><pre>{_text(run.config)}</pre></details>"
-        yield _section("Configuration", _card(config))
+        config = f"<details><summary>config.yaml</summary><pre>{escaped(run.config)}</pre></details>"
+        yield section("Configuration", card(config))
 
 
 def _head(run: _Run) -> str:
@@ -149,33 +92,33 @@ def _head(run: _Run) -> str:
     known = status if status in ("finished", "interrupted", "failed") else "unfinished"
     started = run.manifest.get("started")
     parts = [f"started {started}" if started else "", f"on {run.manifest['host']}" if run.manifest.get("host") else ""]
-    line = f'<p class="muted">{_text(" ".join(filter(None, parts)))}</p>\n' if any(parts) else ""
+    line = f'<p class="muted">{escaped(" ".join(filter(None, parts)))}</p>\n' if any(parts) else ""
     predict = run.report.get("predict")
-    command = _card(f"<h3>Predict with this model</h3><pre>{_text(predict)}</pre>") if predict else ""
-    return f'<h1>{_text(run.name)}<span class="badge {known}">{_text(status)}</span></h1>\n{line}{command}'
+    command = card(f"<h3>Predict with this model</h3><pre>{escaped(predict)}</pre>") if predict else ""
+    return f'<h1>{escaped(run.name)}<span class="badge {known}">{escaped(status)}</span></h1>\n{line}{command}'
 
 
 def _tiles(run: _Run) -> str:
     before, test = run.part("before"), run.part("test")
     tiles = []
-    for key, name in ((figure.key, figure.name) for figure in figures_in(test) if figure.headline):
+    for key, name in ((found.key, found.name) for found in figures_in(test) if found.headline):
         if test[key] is not None:
-            tiles.append((f"Test {name}", _number(test[key]), f"before {_number(before.get(key))}"))
+            tiles.append((f"Test {name}", readable(test[key]), f"before {readable(before.get(key))}"))
     if run.report.get("majority") is not None:
-        tiles.append(("Majority label", _number(run.report["majority"]), "accuracy of a constant answer"))
+        tiles.append(("Majority label", readable(run.report["majority"]), "accuracy of a constant answer"))
     steps = run.report.get("steps") or (run.metrics[-1].get("step") if run.metrics else None)
     if steps is not None:
         seen = run.metrics[-1].get("samples_seen") if run.metrics else None
-        tiles.append(("Steps", _number(steps), f"{_number(seen)} samples" if seen else "of the optimizer"))
+        tiles.append(("Steps", readable(steps), f"{readable(seen)} samples" if seen else "of the optimizer"))
     if run.report.get("seconds") is not None:
         speed = run.report.get("samples_per_second")
-        tiles.append(("Time", _duration(run.report["seconds"]), f"{_number(speed)} samples/s" if speed else ""))
+        tiles.append(("Time", _duration(run.report["seconds"]), f"{readable(speed)} samples/s" if speed else ""))
     if balance := run.part("balance"):
         waited, apart = (f"{100 * balance[key]:.1f} %" for key in ("waited", "imbalance"))
         tiles.append(("Waiting for the slowest rank", waited, f"of data and forward; work dealt {apart} apart"))
     cards = "".join(
-        f'<div class="card tile"><span class="muted">{_text(name)}</span><b>{_text(value)}</b>'
-        f'<span class="muted">{_text(note)}</span></div>\n'
+        f'<div class="card tile"><span class="muted">{escaped(name)}</span><b>{escaped(value)}</b>'
+        f'<span class="muted">{escaped(note)}</span></div>\n'
         for name, value, note in tiles
     )
     return f'<div class="tiles">\n{cards}</div>\n' if cards else ""
@@ -187,18 +130,23 @@ def _test_cards(run: _Run) -> Iterable[str]:
     if rows:
         if run.report.get("majority") is not None:
             rows.insert(1, ("Majority label", run.report["majority"], run.report["majority"]))
-        yield _card(_table("Before and after", ("", "before", "after"), rows, numbers=2))
+        yield card(table("Before and after", ("", "before", "after"), rows, numbers=2))
+    if others := run.part("baselines"):
+        models = [test, *others.values()]
+        side = [(titled(found.name), *(model.get(found.key) for model in models)) for found in figures_in(*models[1:])]
+        yield card(table("On the same samples", ("", "this network", *others), side, numbers=len(models)))
+    yield from map(figure, answer_plots(test.get("answers") or {}))
     per_class = [
         (line.get("label"), *(line.get(key) for key in ("precision", "recall", "f1", "support")))
         for line in test.get("per_class") or []
     ]
     if per_class:
-        yield _card(_table("Per label", ("label", "precision", "recall", "F1", "samples"), per_class, numbers=4))
+        yield card(table("Per label", ("label", "precision", "recall", "F1", "samples"), per_class, numbers=4))
     confusion = plots.confusion_plot(test.get("confusion") or [], run.part("labels") or [])
     if confusion:
-        yield _figure(confusion)
+        yield figure(confusion)
     if pictures := gallery(run.part("mistakes") or []):
-        yield _card(pictures, "card whole")
+        yield card(pictures, "card whole")
 
 
 def _training_plots(run: _Run) -> Iterable[Plot]:
@@ -216,8 +164,12 @@ def _training_plots(run: _Run) -> Iterable[Plot]:
 
 def _texts(texts: Sequence[Mapping[str, Any]]) -> str:
     """The last ones first."""
-    rows = [(line.get("step"), line.get("prompt"), line.get("text")) for line in reversed(texts)]
-    return _card(_table("Continued from each prompt", ("after step", "prompt", "text"), rows)) if rows else ""
+    if any("wanted" in line for line in texts):
+        title, columns = "Written for samples of the test", {"prompt": "given", "text": "written", "wanted": "wanted"}
+    else:
+        title, columns = "Continued from each prompt", {"prompt": "prompt", "text": "text"}
+    rows = [(line.get("step"), *map(line.get, columns)) for line in reversed(texts)]
+    return card(table(title, ("after step", *columns.values()), rows)) if rows else ""
 
 
 def _data_plots(run: _Run) -> Iterable[Plot]:
@@ -232,12 +184,12 @@ def _step_time(profile: Mapping[str, Any] | None) -> str:
     if not profile:
         return ""
     header, rows = step_time_rows(profile)
-    return _card(step_time_bar(profile) + _table("Parts of a step", header, rows, numbers=len(header) - 1))
+    return card(step_time_bar(profile) + table("Parts of a step", header, rows, numbers=len(header) - 1))
 
 
 def _plan_cards(run: _Run) -> Iterable[str]:
     for title, settings in run.part("plan").items():
-        yield _card(_table(title, (), list(settings.items())))
+        yield card(table(title, (), list(settings.items())))
 
 
 def _manifest_cards(run: _Run) -> Iterable[str]:
@@ -246,10 +198,10 @@ def _manifest_cards(run: _Run) -> Iterable[str]:
     if requested or effective:
         rows = [(key, requested.get(key), effective.get(key)) for key in {**requested, **effective}]
         header = ("setting", "requested", "effective")
-        table = _table("Requested and effective settings", header, rows, changed=lambda row: row[1] != row[2])
-        yield _card(table, "card whole")
+        title = "Requested and effective settings"
+        yield card(table(title, header, rows, changed=lambda row: row[1] != row[2]), "card whole")
     if manifest.get("command"):
-        yield _card(f"<h3>Command</h3><pre>{_text(manifest['command'])}</pre>", "card whole")
+        yield card(f"<h3>Command</h3><pre>{escaped(manifest['command'])}</pre>", "card whole")
     git, seed, data = (manifest.get(key) for key in ("git", "seed", "data_fingerprint"))
     code = {"commit": git.get("commit"), "uncommitted changes": git.get("dirty")} if git else {}
     origin = {**code, "seed": seed, "data fingerprint": data} if manifest else {}
@@ -261,104 +213,7 @@ def _manifest_cards(run: _Run) -> Iterable[str]:
         ("Environment", manifest.get("environment")),
     ):
         if values:
-            yield _card(_table(title, (), list(_flat(values).items())))
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{_text(title)}</h2>\n{content}</section>\n" if content else ""
-
-
-def _grid(cards: Iterable[str]) -> str:
-    content = "".join(cards)
-    return f'<div class="grid">\n{content}</div>\n' if content else ""
-
-
-def _card(content: str, kind: str = "card") -> str:
-    return f'<div class="{kind}">{content}</div>\n'
-
-
-def _figure(plot: Plot) -> str:
-    kind = "card whole" if plot.wide else "card"
-    return (
-        f'<figure class="{kind}"><h3>{_text(plot.title)}</h3><div class="scroll-x">{to_svg(plot)}</div>'
-        f"<figcaption>{_text(plot.text)}</figcaption></figure>\n"
-    )
-
-
-def to_svg(plot: Plot) -> str:
-    """The plot as an `<svg>` element for a page: ids of its own, the page's colours, a title for those who listen."""
-    name = plot.title.lower().replace(" ", "-")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
-        buffer = io.BytesIO()
-        plot.figure.savefig(buffer, format="svg")
-    root = ElementTree.fromstring(buffer.getvalue().decode())
-    _strip(root)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        for key, value in list(element.attrib.items()):
-            del element.attrib[key]
-            element.set(key.replace(_XLINK, ""), _page_value(key, value, name))
-    for key in ("width", "height", "version"):
-        root.attrib.pop(key, None)
-    width = plot.figure.get_size_inches()[0] * 72
-    least = f"min-width:{width:.0f}px;" if plot.wide else ""
-    look = f"{least}max-width:{1.5 * width:.0f}px"
-    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title {name}-text", "style": look}
-    for i, (tag, content) in enumerate((("title", plot.title), ("desc", plot.text))):
-        child = ElementTree.Element(tag, id=f"{name}-{'title' if i == 0 else 'text'}")
-        child.text = content
-        root.insert(i, child)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _strip(root: ElementTree.Element) -> None:
-    """Take out matplotlib's metadata, and its style sheet, which would hold for the whole page."""
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
-                parent.remove(child)
-
-
-def _page_value(key: str, value: str, name: str) -> str:
-    if key == "id":
-        return f"{name}-{value}"
-    if key == f"{_XLINK}href":
-        return f"#{name}-{value[1:]}"
-    if key in ("style", "clip-path"):
-        value = value.replace("url(#", f"url(#{name}-")
-        for variable, (light, _) in COLORS.items():
-            value = value.replace(light, f"var({variable})")
-    return value
-
-
-def _list(lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
-    return _card(f"<ul>{items}</ul>") if items else ""
-
-
-def _table(
-    title: str,
-    header: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    *,
-    numbers: int = 0,
-    changed: Any = None,
-) -> str:
-    """A table whose last `numbers` columns are figures; a row is emphasised where `changed(row)` holds."""
-
-    def kind(column: int, width: int) -> str:
-        return ' class="n"' if column >= width - numbers else ""
-
-    head = "".join(f'<th scope="col"{kind(i, len(header))}>{_text(cell)}</th>' for i, cell in enumerate(header))
-    lines = [f"<thead><tr>{head}</tr></thead>\n" if head else "", "<tbody>\n"]
-    for name, *cells in rows:
-        mark = ' class="changed"' if changed and changed((name, *cells)) else ""
-        columns = "".join(
-            f"<td{kind(i, len(cells) + 1)}>{_text(_number(cell))}</td>" for i, cell in enumerate(cells, 1)
-        )
-        lines.append(f'<tr{mark}><th scope="row">{_text(name)}</th>{columns}</tr>\n')
-    return f'<h3>{_text(title)}</h3><div class="scroll"><table>\n{"".join(lines)}</tbody>\n</table></div>'
+            yield card(table(title, (), list(_flat(values).items())))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -371,34 +226,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _number(value: Any) -> str:
-    """A value as a reader wants it: counts with commas, measures with four digits, nothing as a dash."""
-    if value is None or value in ("", [], {}):
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, float) and math.isfinite(value):
-        if value.is_integer():
-            return f"{value:,.0f}"
-        return (
-            f"{value:.4f}"
-            if 0.001 <= abs(value) < 10
-            else f"{value:,.1f}"
-            if 10 <= abs(value) < 1e7
-            else f"{value:.3g}"
-        )
-    return str(value)
-
-
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def _text(text: object) -> str:
-    return escape(clean(text))

@@ -259,9 +259,13 @@ def label_plot(counts: Mapping[str, Mapping[str, int]]) -> Plot | None:
 
 
 def length_plot(
-    lengths: Mapping[str, Mapping[str, Sequence[float]]], max_length: int | None, truncated: Mapping[str, float]
+    lengths: Mapping[str, Mapping[str, Sequence[float]]],
+    max_length: int | None,
+    truncated: Mapping[str, float],
+    *,
+    unit: str = "tokens",
 ) -> Plot | None:
-    """Histogram of the lengths in tokens of every split, where they are cut, and how many are."""
+    """Histogram of the lengths, in tokens or another unit, of every split, where they are cut, and how many are."""
     found = {
         split: (np.asarray(histogram.get("edges", []), float), np.asarray(histogram.get("counts", []), float))
         for split, histogram in lengths.items()
@@ -275,12 +279,12 @@ def length_plot(
         axes.stairs(counts / counts.sum(), edges, color=color, linewidth=1.5, label=shorten(split))
     if max_length:
         axes.axvline(max_length, color=_INK, linestyle="--", linewidth=1, label=f"max_length {max_length:,}")
-    axes.set_xlabel("tokens")
+    axes.set_xlabel(unit)
     axes.yaxis.set_major_formatter(_percent())
     axes.legend()
-    text = "Share of the samples by length in tokens, for every split."
+    text = f"Share of the samples by length in {unit}, for every split."
     cut = ", ".join(f"{100 * share:.1f} % of {split}" for split, share in truncated.items() if share is not None)
-    text += f" Cut at {max_length:,} tokens: {cut}." if max_length and cut else ""
+    text += f" Cut at {max_length:,} {unit}: {cut}." if max_length and cut else ""
     return Plot("Lengths", text, figure)
 
 

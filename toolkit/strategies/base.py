@@ -132,6 +132,15 @@ class Strategy(ABC):
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The model's outputs, computed in the precision asked for."""
 
+    def generate(self, inputs: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        """Token ids (rows, length) that the model writes for `inputs`, as its own `generate` of transformers does.
+
+        Collective: all ranks compute until the last of them has written its texts.
+        """
+        model: Any = self.module
+        found: torch.Tensor = model.generate(**inputs, synced_gpus=self.world.size > 1, **options)
+        return found
+
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`: the local sum divided by the units of all ranks.
@@ -252,6 +261,11 @@ class TorchStrategy(Strategy):
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """With reduced copies of the parameters where the precision is reduced."""
         return self._reduced.forward(inputs) if self._reduced else self.model(**inputs)
+
+    def generate(self, inputs: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        """In the precision of `forward`."""
+        with self._reduced.in_force() if self._reduced else contextlib.nullcontext():
+            return super().generate(inputs, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Scale for fp16 and for the wrapper's average, then backpropagate."""

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -62,6 +69,8 @@ class FSDP(TorchStrategy):
         for block in self._blocks(model):
             fully_shard(block, **options)
         fully_shard(model, **options)
+        if hasattr(model, "generate"):  # which reads what is at the root before the first forward of the whole
+            register_fsdp_forward_method(model, "generate")
         return model
 
     @contextlib.contextmanager

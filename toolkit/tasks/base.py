@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from toolkit.compute.host import on_device
+from toolkit.world import World
 
 
 @dataclass
@@ -73,9 +74,25 @@ class Task(ABC):
         """Which tokens of `input_ids` are predicted, as they are: (B, L) bool; by default none."""
         return torch.zeros_like(batch.inputs["input_ids"], dtype=torch.bool)
 
+    def shown(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a reader is shown of `batch`, each (B, L): token ids, whether they are there, and which are learnt."""
+        return batch.inputs["input_ids"], batch.inputs["attention_mask"].bool(), self.learnt(batch)
+
     def title(self, batch: Batch, row: int) -> str:
         """What a row of `batch` is, for a reader: its label, its place in the sample; empty where that is plain."""
         return ""
+
+    def survey(self, batches: Sequence[Batch], forward: Callable[[Batch], Any], world: World) -> None:  # noqa: B027
+        """Look at all micro-batches of a step before the first is learnt from; by default there is nothing to see.
+
+        For losses that hold a sample against the others of its step, whatever micro-batch and rank they are in.
+        Collective: every rank makes the same number of forwards.
+
+        Args:
+            batches: of this rank, not yet on its device; what is found out can be left on them.
+            forward: the model's outputs for one of them.
+            world: connected ranks.
+        """
 
     @abstractmethod
     def units(self, batch: Batch) -> int:
@@ -91,6 +108,13 @@ class Task(ABC):
 
         `units` and `loss` (the loss without regularisation, summed) are always among them.
         """
+
+    def conclude(self, world: World) -> dict[str, torch.Tensor]:
+        """Counts of this rank, as of `measure`, that are known only when all batches have been measured. Collective.
+
+        For figures that hold a sample against all others of an evaluation; by default there are none.
+        """
+        return {}
 
     @abstractmethod
     def metrics(self, counts: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +23,14 @@ class Classification(Task):
         label_smoothing: share of the target spread over all classes, in training only (Szegedy et al. 2016).
         vocabulary: number of token ids that the model has an embedding for; by default those of the tokenizer.
         positions: tokens of the longest sample that the model takes; by default any number.
+        augment: varies the tokens of a training sample, given the epoch and the sample's id.
     """
 
     unit = "samples"
     smooths_labels = True
     fills_up = True
+    targets = torch.long
+    """Type of the labels of a batch."""
 
     def __init__(
         self,
@@ -37,7 +40,9 @@ class Classification(Task):
         *,
         vocabulary: int | None = None,
         positions: int | None = None,
+        augment: Callable[[Sequence[int], int, int], list[int]] | None = None,
     ) -> None:
+        self.augment = augment
         self.labels = tuple(labels)
         self.tokenizer = tokenizer
         self.label_smoothing = label_smoothing
@@ -46,12 +51,15 @@ class Classification(Task):
         self.positions = positions
 
     def collate(self, rows: Mapping[str, Sequence[Any]], empty: bool) -> Batch:
-        """Pad on the tokenizer's side: `input_ids` and `attention_mask` (B, L), labels (B,)."""
-        inputs = self.tokenizer.pad({"input_ids": list(rows["input_ids"])}, return_tensors="pt")
+        """Pad on the tokenizer's side: `input_ids`, `attention_mask`, of pairs `token_type_ids` (B, L), labels (B,)."""
+        columns = {name: list(rows[name]) for name in ("input_ids", "token_type_ids") if name in rows}
+        if self.augment and "epoch" in rows:
+            columns["input_ids"] = list(map(self.augment, columns["input_ids"], rows["epoch"], rows["id"]))
+        inputs = self.tokenizer.pad(columns, return_tensors="pt")
         size = len(rows["label"])
         return Batch(
-            inputs={name: inputs[name] for name in ("input_ids", "attention_mask")},
-            labels=torch.tensor(rows["label"], dtype=torch.long),
+            inputs={name: inputs[name] for name in (*columns, "attention_mask")},
+            labels=torch.tensor(rows["label"], dtype=self.targets),
             weights=torch.zeros(size) if empty else torch.ones(size),
             ids=[] if empty else list(rows["id"]),
         )
@@ -60,20 +68,23 @@ class Classification(Task):
         """With padding on the right, and samples of one padding token."""
         count, width = batch.inputs["attention_mask"].shape
         more, wider = size - count, min(length, self.positions or length) - width
-        mask = F.pad(batch.inputs["attention_mask"], (0, wider, 0, more))
-        mask[count:, 0] = 1
+        padding = {"input_ids": self.tokenizer.pad_token_id}
         inputs = {
-            "input_ids": F.pad(batch.inputs["input_ids"], (0, wider, 0, more), value=self.tokenizer.pad_token_id),
-            "attention_mask": mask,
+            name: F.pad(tensor, (0, wider, 0, more), value=padding.get(name, 0))
+            for name, tensor in batch.inputs.items()
         }
-        labels, weights = F.pad(batch.labels, (0, more)), F.pad(batch.weights, (0, more))
+        inputs["attention_mask"][count:, 0] = 1
+        labels = F.pad(batch.labels, (*(0, 0) * (batch.labels.ndim - 1), 0, more))
+        weights = F.pad(batch.weights, (0, more))
         return replace(batch, inputs=inputs, labels=labels, weights=weights)
 
     def problem(self, row: Mapping[str, Any]) -> str:
         """No tokens, too many, one without an embedding, or a label that is no class."""
-        label = row["label"]
         if why := problem_of_tokens(row["input_ids"], self.vocabulary, self.positions):
             return why
+        return self._problem_of_label(row["label"])
+
+    def _problem_of_label(self, label: Any) -> str:
         if not isinstance(label, (int, np.integer)) or not 0 <= label < len(self.labels):
             return f"label {label!r:.40} is not among the {len(self.labels)} classes"
         return ""

@@ -1,0 +1,156 @@
+"""From a list of words to a classifier over their vectors: the matrix, both accuracies, the same numbers everywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import on_ranks
+from tests.recipes.conftest import COMMON, WORDS
+from tests.recipes.launching import recipe
+from toolkit.cli import main as toolkit
+from toolkit.embeddings import load_embedding
+from toolkit.networks.bag_of_words import BagOfWordsConfig, BagOfWordsForSequenceClassification
+
+STEPS = 6
+CASES = [
+    pytest.param(strategy, marks=() if strategy in ("ddp", "fsdp") else pytest.mark.slow)
+    for strategy in ("ddp", "fsdp", "zero2", "zero3")
+]
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of words, and vectors for them: those of a topic are near one another."""
+    folder = tmp_path_factory.mktemp("words")
+    generator = torch.Generator().manual_seed(0)
+    middle = torch.randn(4, 16, generator=generator)
+    lines, words = [], []
+    for topic, of_topic in enumerate([*WORDS.values(), COMMON]):
+        for word in of_topic:
+            vector = middle[topic] + 0.3 * torch.randn(16, generator=generator)
+            lines.append(f"{word} {' '.join(f'{value:.4f}' for value in vector.tolist())}")
+            words.append(word)
+    (folder / "vectors.txt").write_text("\n".join(lines[:-2]) + "\n")  # the last two have none
+    (folder / "words.txt").write_text("\n".join(words) + "\n")
+    return folder
+
+
+def run(name: str, ranks: int, options: list[str], cwd: Path, code: int = 0) -> str:
+    ended, text = on_ranks(recipe, ranks, options, str(cwd), None, name)[0]
+    assert ended == code, text
+    return " ".join(str(text).replace("│", " ").split())
+
+
+def make(there: Path, *options: str, code: int = 0) -> str:
+    files = ["--vocabulary.words", str(there / "words.txt"), "--vectors.name", str(there / "vectors.txt")]
+    return run("embedding_matrix", 1, [*files, "--matrix.output", str(there / "matrix"), *options], there, code)
+
+
+@pytest.fixture(scope="module")
+def matrix(there: Path) -> Path:
+    shown = make(there, "--matrix.neighbours", "goal", "bank")
+    assert "exact 42 91.3%" in shown
+    assert "drawn 2 4.3%" in shown
+    assert "46 × 16" in shown
+    facts = json.loads((there / "matrix" / "embeddings.json").read_text())
+    assert {word for word, _ in facts["neighbours"]["goal"]} <= set(WORDS["sport"])
+    assert load_embedding(there / "matrix").weight.shape == (46, 16)
+    return there / "matrix"
+
+
+@pytest.fixture
+def job(matrix: Path, texts_csv: Path) -> list[str]:
+    return [
+        *("--model.name", str(matrix), "--model.hidden_size", "8", "--model.dropout", "0"),
+        *("--data.name", str(texts_csv), "--train.global_batch", "12", "--train.steps", str(STEPS)),
+        *("--optim.lr", "1e-2", "--run.dir", "run"),
+    ]
+
+
+def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture
+def reference(job: list[str], alone: Path) -> Path:
+    if not (alone / "run").exists():
+        shown = run("word_cls", 1, job, alone)
+        assert "beside it, on the same test" in shown
+    return alone / "run"
+
+
+def test_transferred_vectors_beside_random_ones(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, report = read(reference)
+    beside = report["beside"]
+    assert beside["transferred"]["accuracy"] == report["test"]["accuracy"]
+    assert beside["transferred"]["accuracy"] > beside["random"]["accuracy"] + 0.1
+    gain = beside["transferred"]["accuracy"] - beside["random"]["accuracy"]
+    assert beside["gain"]["accuracy"] == pytest.approx(gain)
+    assert beside["random"]["units"] == report["test"]["units"] == 24
+    assert toolkit(["predict", str(reference), "the goal of the striker", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] == "sport"
+
+
+@pytest.mark.parametrize("strategy", CASES)
+def test_the_same_numbers_everywhere(strategy: str, job: list[str], reference: Path, tmp_path: Path) -> None:
+    expected, expected_report = read(reference)
+    run("word_cls", 2, [*job, "--train.micro_batch", "3", "--strategy.name", strategy], tmp_path)
+    metrics, report = read(tmp_path / "run")
+    for figure in ("loss", "grad_norm"):
+        assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in expected], rel=1e-5)
+    for name in ("random", "transferred"):
+        for figure in ("loss", "accuracy", "units"):
+            assert report["beside"][name][figure] == pytest.approx(expected_report["beside"][name][figure], rel=1e-5)
+
+
+def test_frozen_vectors_stay(job: list[str], matrix: Path, tmp_path: Path) -> None:
+    run("word_cls", 1, [*job, "--model.embedding", "frozen", "--train.steps", "2"], tmp_path)
+    model = BagOfWordsForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert torch.equal(model.embedding.weight, load_embedding(matrix).weight)
+
+
+def test_padding_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = BagOfWordsForSequenceClassification(BagOfWordsConfig(vocab_size=9, embedding_size=8, num_labels=3)).eval()
+    text, padded = torch.tensor([[4, 5, 6]]), torch.tensor([[4, 5, 6, 7, 0]])
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    torch.testing.assert_close(model(text).logits, model(padded, attention_mask=mask).logits)
+    assert not torch.allclose(model(text).logits, model(padded).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--vectors.name", "nothing.txt"], "nothing.txt cannot be read"),
+        (["--matrix.dimension", "16"], "--matrix.dimension 16 has no effect"),
+        (["--matrix.neighbours", "ship"], "not in the vocabulary"),
+        (["--vectors.take", "alone"], "has no effect on the file"),
+    ],
+)
+def test_what_is_refused(options: list[str], said: str, there: Path) -> None:
+    shown = make(there, *options, code=2)
+    assert said in shown
+    assert "Traceback" not in shown
+
+
+def test_several_processes_are_refused(there: Path) -> None:
+    shown = run("embedding_matrix", 2, ["--matrix.output", str(there / "two")], there, code=2)
+    assert "2 processes were started for what one of them does" in shown
+
+
+def test_a_folder_that_is_no_matrix(job: list[str], matrix: Path, tmp_path: Path) -> None:
+    (tmp_path / "matrix").mkdir()
+    (tmp_path / "matrix" / "embeddings.safetensors").write_bytes(b"")
+    shown = run("word_cls", 1, [*job, "--model.name", str(tmp_path / "matrix")], tmp_path, code=2)
+    assert "is no whole matrix of embeddings" in shown

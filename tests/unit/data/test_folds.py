@@ -1,0 +1,79 @@
+"""Cross-validation: folds that leak nothing, and statistics of what is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from toolkit.config import CorpusConfig, TextDataConfig
+from toolkit.data import text_corpus
+from toolkit.data.sources import resolve
+from toolkit.data.split import check_folds
+from toolkit.data.text_classification import cleaned_and_split
+from toolkit.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "cache"))
+    lines = [f"text number {row},{'good' if row % 3 else 'bad'}" for row in range(60)]
+    lines += lines[:7]  # repeats, which must not be in two folds
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    return tmp_path / "reviews.csv"
+
+
+def splits(config: TextDataConfig, scratch: Path) -> list[set[str]]:
+    scratch.mkdir()
+    corpus, _, chosen, _ = cleaned_and_split(config, resolve(config), scratch)
+    texts = np.array(corpus.texts["text"][:])
+    return [set(texts[chosen.roles == role]) for role in range(3)]
+
+
+def test_each_text_is_tested_once(reviews: Path, tmp_path: Path) -> None:
+    tested: list[str] = []
+    for fold in range(5):
+        config = TextDataConfig(name=str(reviews), folds=5, fold=fold)
+        train, validation, test = splits(config, tmp_path / f"scratch{fold}")
+        assert not train & test
+        assert not train & validation
+        assert not validation & test
+        assert len(train | validation | test) == 60
+        assert len(test) == 12
+        labels = [int(text.split()[-1]) % 3 == 0 for text in test]
+        assert sum(labels) == 4  # a third of each fold, as of all
+        tested += test
+    assert len(tested) == len(set(tested)) == 60
+
+
+def test_folds_of_plain_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "lines.txt").write_text("\n".join(f"line {number}" for number in range(40)), encoding="utf-8")
+    tested: list[str] = []
+    for fold in range(4):
+        config = CorpusConfig(name=(str(tmp_path / "lines.txt"),), texts_in="line", folds=4, fold=fold)
+        corpus = text_corpus(config)
+        tested += corpus.splits["test"]["text"][:]
+        assert len(corpus.splits["test"]) == 10
+    assert len(set(tested)) == 40
+
+
+REFUSED = {
+    "no folds": ({"fold": 1}, ConfigError, "--data.fold 1 has no effect without"),
+    "no such fold": ({"folds": 3, "fold": 3}, ConfigError, "--data.fold 3 is none of 3 folds"),
+    "a rare class": ({"folds": 21}, DataError, "too few rows to be in each of 21 folds, after cleaning: 'bad' (20)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str, reviews: Path, tmp_path: Path) -> None:
+    options, error, message = REFUSED[name]
+    with pytest.raises(error) as caught:
+        splits(TextDataConfig(name=str(reviews), **options), tmp_path / "scratch")  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_folds_beside_a_test_that_is_given() -> None:
+    with pytest.raises(ConfigError, match="--data.folds 3 has no effect beside a test split that is given"):
+        check_folds(TextDataConfig(folds=3), given_test=True)

@@ -1,0 +1,88 @@
+"""A saved encoder–decoder that writes a text for each: a translation, a summary. Imports torch and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from toolkit.adapters import FILE, in_place, load_adapted
+from toolkit.compute import remove_padding
+from toolkit.data.text_pairs import source_tokens
+from toolkit.errors import ConfigError, ModelError
+from toolkit.folders import refuse_strays
+from toolkit.predict.kinds import Answer
+from toolkit.predict.saved import SavedModel, first_line
+from toolkit.tasks.seq2seq import padded
+
+_FALLBACK_LENGTH = 512
+
+
+class Translator:
+    """A saved encoder–decoder, ready to write in fp32, with as many beams as it was tested with.
+
+    Args:
+        saved: from `find_model`.
+        device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
+        tokens: that it writes for a text, at most; by default as in the run.
+        max_length: tokens to which a text is cut; by default as in the run.
+
+    Raises:
+        ConfigError: there is no such device.
+        ModelError: the files are damaged, or hold no encoder–decoder.
+    """
+
+    def __init__(
+        self, saved: SavedModel, *, device: str = "auto", tokens: int | None = None, max_length: int | None = None
+    ) -> None:
+        gpu = torch.cuda.is_available()
+        if device == "cuda" and not gpu:
+            raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
+        model, self._tokenizer = _load(saved.folder)
+        remove_padding(model)
+        self._model = model.to("cuda" if gpu and device != "cpu" else "cpu").eval()
+        self._options = {} if tokens is None else {"max_new_tokens": tokens}
+        self._room = max_length or saved.max_length or _FALLBACK_LENGTH
+        self._prefix = str(saved.data.get("prefix", ""))
+
+    def stream(self, inputs: Iterable[str], *, batch: int) -> Iterator[list[Answer]]:
+        """What the model writes for each text."""
+        rest = iter(inputs)
+        while window := list(islice(rest, batch)):
+            yield [
+                Answer(f"{text}\n{written}", {"text": text, "written": written})
+                for text, written in zip(window, self._write(window), strict=True)
+            ]
+
+    def _write(self, texts: list[str]) -> list[str]:
+        tokenizer = self._tokenizer
+        rows = [source_tokens(text, tokenizer, self._room, prefix=self._prefix) for text in texts]
+        ids, there = padded(rows, tokenizer.pad_token_id)
+        inputs = {"input_ids": ids.to(self._model.device), "attention_mask": there.long().to(self._model.device)}
+        with torch.inference_mode():
+            found = self._model.generate(**inputs, **self._options)
+        return [text.strip() for text in tokenizer.batch_decode(found.tolist(), skip_special_tokens=True)]
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """Model, in fp32 on the CPU, and tokenizer; an adapter stands on its base."""
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        refuse_strays(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        if (folder / FILE).is_file():  # whose base comes from where the run had it from
+            return in_place(load_adapted(folder)), tokenizer
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **options
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
+        raise ModelError(
+            f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
+        ) from error
+    return model, tokenizer
