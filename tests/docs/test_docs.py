@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from launch import slurm as launch_slurm
 from launch.__main__ import main as launch
 from launch.local import divide
 from tests.recipes.launching import ROOT, environment
@@ -202,6 +203,10 @@ def test_the_options_of_a_recipe_parse(command: Command, monkeypatch: pytest.Mon
         launcher = launcher[launcher.index("accelerate") :]
     if launcher[:4] == ("python", "-m", "launch", "run"):
         launcher = ("accelerate", "launch", *launcher[launcher.index("--") + 1 :])
+    if launcher == ("python", "-m", "launch", "slurm"):
+        dashes = options.index("--") if "--" in options else len(options)
+        launch_slurm.parse([recipe, *options[:dashes]])
+        launcher, options = ("python",), options[dashes + 1 :]
     if launcher[:2] == ("accelerate", "launch"):
         asked = launch_command_parser().parse_args([*launcher[2:], recipe])
         assert asked.config_file is None or exists(asked.config_file, command.block.page)

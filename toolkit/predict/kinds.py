@@ -41,6 +41,12 @@ WRITER = Kind(
     options=frozenset({"tokens", "temperature", "plain"}),
     answerer="toolkit.predict.writer:WriterAnswers",
 )
+SPEECH = Kind(
+    "a model of speech, which writes what is said in files",
+    ("WhisperForConditionalGeneration",),
+    reads="files",
+    answerer="toolkit.predict.speech:SpeechAnswers",
+)
 TAGGER = Kind(
     "a tagger, which marks names in texts",
     ("ForTokenClassification",),
@@ -83,6 +89,12 @@ NEXT_ITEM = Kind(
     tokenizer=False,
     answerer="toolkit.predict.rows:NextItemAnswers",
 )
+ENCODER = Kind(
+    "an encoder, which gives the vectors of texts",
+    ("Model",),
+    options=frozenset({"max_length"}),
+    answerer="toolkit.predict.encoder:EncoderAnswers",
+)
 IMAGES = Kind(
     "a classifier of images",
     ("ForImageClassification",),
@@ -92,12 +104,6 @@ IMAGES = Kind(
     answerer="toolkit.predict.images:ImageAnswers",
     suffixes=(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
-ENCODER = Kind(
-    "an encoder, which gives the vectors of texts",
-    ("Model",),
-    options=frozenset({"max_length"}),
-    answerer="toolkit.predict.encoder:EncoderAnswers",
-)
 KINDS: tuple[Kind, ...] = (
     CLASSIFIER,
     WRITER,
@@ -106,8 +112,9 @@ KINDS: tuple[Kind, ...] = (
     SCORER,
     TABLE,
     NEXT_ITEM,
-    IMAGES,
+    SPEECH,
     ENCODER,
+    IMAGES,
     TRANSLATOR,  # behind all whose names end as its own do
 )
 """All that are known; of several that a name fits, the first counts."""

@@ -42,9 +42,9 @@ th.n,td.n{text-align:right;white-space:nowrap;padding-right:.2rem;padding-left:.
 tr.changed td:last-child{font-weight:650;color:var(--series-2)}
 pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
 font:.82rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
+summary{cursor:pointer;font-weight:600}details pre{margin-top:.7rem}ul{margin:.3rem 0;padding-left:1.2rem}
 .gallery{display:flex;flex-wrap:wrap;gap:.9rem}.gallery figure{margin:0;width:8rem}
 .gallery img{image-rendering:pixelated;max-width:100%;display:block;border:1px solid var(--line)}
-summary{cursor:pointer;font-weight:600}details pre{margin-top:.7rem}ul{margin:.3rem 0;padding-left:1.2rem}
 """
 _PAGE_COLORS = {**COLORS, "--page": ("#f4f6f8", "#0e1319"), "--bad": ("#c62f2f", "#ff8080")}
 

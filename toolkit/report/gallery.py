@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
-from toolkit.report.elements import escaped
-from toolkit.report.plots import shorten
+from toolkit.report.plots import clean, shorten
 
 
 def gallery(mistakes: Sequence[Mapping[str, Any]]) -> str:
@@ -20,10 +20,10 @@ def gallery(mistakes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _picture(mistake: Mapping[str, Any]) -> str:
-    where, label, predicted = (escaped(mistake[key]) for key in ("where", "label", "predicted"))
-    caption = f"{escaped(shorten(mistake['label']))}, taken for {escaped(shorten(mistake['predicted']))}"
+    where, label, predicted = (escape(clean(mistake[key])) for key in ("where", "label", "predicted"))
+    caption = f"{escape(shorten(mistake['label']))}, taken for {escape(shorten(mistake['predicted']))}"
     return (
-        f'<figure><img src="data:image/png;base64,{escaped(mistake["image"])}" title="{where}" '
+        f'<figure><img src="data:image/png;base64,{escape(mistake["image"])}" title="{where}" '
         f'alt="{label}, taken for {predicted}"><figcaption>{caption} ({100 * mistake["score"]:.0f} %)'
         "</figcaption></figure>\n"
     )
