@@ -153,6 +153,9 @@ def test_faults_are_told_with_their_places(rows: list[tuple[bytes, str]], tmp_pa
     assert data.facts["unfit_dropped"] == 5
     for name, (_, why) in bad.items():
         assert any(name in warning and why in warning for warning in data.facts["warnings"]), name
+    first = data.facts["stages"][0]
+    assert (first["stage"], first["in"], first["out"], len(first["examples"])) == ("unfit", 85, 80, 5)
+    assert [stage["out"] for stage in data.facts["stages"]] == [80, 80, 80, 80]
     for _ in range(2):  # when all are looked at, and when that is in the cache
         refused(folder, "5 images cannot be learnt from", "cut.png, because it is damaged", max_bad_rows=4)
 

@@ -29,7 +29,7 @@ from toolkit.data.split import check_shares, split
 from toolkit.data.stored import load_splits, save_splits
 from toolkit.errors import ConfigError, DataError
 
-_REVISION = 1
+_REVISION = 2
 """To be raised with every change of this package that changes its result: older caches are then not used."""
 _NOT_CONTENT = ("name", "validation", "test", "workers", "decode_processes", "max_bad_rows")
 _FOUND = Features(
@@ -156,6 +156,7 @@ def _prepare(config: ImageDataConfig, source: Source, result: Path, scratch: Pat
     chosen = split(config, cleaned, given)
     facts: dict[str, Any] = {
         "labels": cleaned.labels,
+        "stages": _stages(faults, len(table), cleaned.dropped, int(np.sum(chosen.roles != DROPPED))),
         "rows_read": {name: int(np.sum(roles == role)) for role, name in enumerate(ROLES) if name in given},
         **cleaned.dropped,
         "unfit_dropped": len(faults),
@@ -258,6 +259,20 @@ def _look_at_one(data: bytes, fault: str | None, min_side: int) -> dict[str, Any
     key = hashlib.blake2b(flat.tobytes() + repr(flat.size).encode(), digest_size=16).digest()
     high, low = np.frombuffer(key, "<u8").tolist()
     return row | {"high": high, "low": low, "grey": grey}
+
+
+def _stages(faults: list[str], fit: int, dropped: Mapping[str, int], kept: int) -> list[dict[str, Any]]:
+    """How many images each stage was given and has left, as the report shows them."""
+    left = {"unfit": fit}
+    left["repeats"] = left["unfit"] - dropped["duplicates_dropped"] - dropped["conflicts_dropped"]
+    held_out = dropped["leaks_dropped"] + dropped["validation_rows_in_test_dropped"]
+    left["in a held-out split"] = left["repeats"] - held_out
+    left["limits"] = kept
+    given = [fit + len(faults), *left.values()]
+    return [
+        {"stage": name, "in": before, "out": after, "examples": faults[:5] if name == "unfit" else []}
+        for (name, after), before in zip(left.items(), given[:-1], strict=True)
+    ]
 
 
 def _fit(table: Dataset, seen: Mapping[str, Any], config: ImageDataConfig) -> tuple[npt.NDArray[np.int64], list[str]]:

@@ -43,6 +43,7 @@ def report_of_images(data: ImageData) -> dict[str, Any]:
         "fingerprint": data.fingerprint,
         "counts": facts["samples"],
         "dropped": _dropped(facts),
+        "stages": facts["stages"],
         "mean": list(data.processor.mean),
         "std": list(data.processor.std),
         "warnings": facts["warnings"],
