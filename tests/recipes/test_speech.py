@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_bad_recordings_are_named(job: list[str], there: Path, tmp_path: Path) -
     (tmp_path / "noise.wav").write_bytes(b"no recording")
     rows = [json.loads(line) for line in (there / "clips.jsonl").read_text().splitlines()]
     bad = [
-        {"audio": "nowhere.wav", "text": "Low."},
+        {"audio": "nowhere.wav", "text": uuid.uuid4().hex},  # that no cache knows these rows
         {"audio": "long.wav", "text": "Low."},
         {"audio": "noise.wav", "text": "Low."},
         {"audio": "clips/0.wav", "text": " … "},
