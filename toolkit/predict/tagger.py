@@ -92,5 +92,5 @@ def _answer(text: str, places: Sequence[tuple[int, int]], tags: Sequence[str], s
         begin, end = places[first][0], places[behind - 1][1]
         score = sum(sure[first:behind]) / (behind - first)
         names.append({"start": begin, "end": end, "text": text[begin:end], "label": kind, "score": round(score, 4)})
-        shown, done = f"{shown}{text[done:begin]}[{text[begin:end]}]({kind})", end
+        shown, done = f"{shown}{text[done:begin]}[{text[begin:end]} {kind}]", end
     return Answer(shown + text[done:], {"text": text, "entities": names})

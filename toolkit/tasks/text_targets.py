@@ -99,8 +99,8 @@ class Regression(Classification):
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """Squared errors, summed over the samples."""
-        errors: torch.Tensor = (outputs.logits.float().squeeze(-1) - batch.labels).square()
-        return (errors * batch.weights).sum()
+        off: torch.Tensor = outputs.logits.float().squeeze(-1) - batch.labels
+        return (off.square() * batch.weights).sum()
 
     def measure(self, outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """Predictions, numbers and which there are, by id (slots, 3); squared error and number of samples."""
