@@ -146,6 +146,8 @@ def _new_network(config: EncoderDecoderConfig, tokenizer: Any, vocabulary: int, 
         encoder_ffn_dim=mlp_size,
         decoder_ffn_dim=mlp_size,
         max_position_embeddings=max_length,
+        # As Vaswani et al. 2017 draw them; from much smaller weights a decoder is slow to look at its source.
+        init_std=config.hidden_size**-0.5,
         scale_embedding=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -129,7 +129,9 @@ class Reduced:
         owners = [module._parameters for module in model.modules()]
         uses = Counter(id(parameter) for owner in owners for parameter in owner.values())
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and uses[id(m.weight)] == 1]
-        for table in tables:
+        # Tables of sines are computed, and stand among the buffers, which keep their precision.
+        sines = [m for m in model.modules() if "Sinusoidal" in type(m).__name__ and not isinstance(m, nn.Embedding)]
+        for table in (*tables, *sines):
             table.register_forward_hook(lambda module, args, rows: rows.to(dtype))
         as_they_are = {id(table.weight) for table in tables}
         # Where each parameter stands; one that is tied stands in several places, and is cast once.

@@ -35,6 +35,7 @@ from toolkit.encoder_decoders import (
 )
 from toolkit.errors import ConfigError
 from toolkit.generation import write_as
+from toolkit.precision import Reduced
 from toolkit.tasks import Answering, Seq2Seq
 from toolkit.tasks.seq2seq import IGNORED
 
@@ -138,6 +139,19 @@ def test_a_future_or_padded_token_changes_nothing(name: str, free: bool) -> None
             assert torch.allclose(model(**alone.inputs).logits[0], expected, atol=1e-4), (row, given)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bf16(name: str) -> None:
+    model, batch = model_of(name), task().collate(rows(), empty=False)
+    with torch.no_grad():
+        exact = model(**batch.inputs).logits
+        reduced = Reduced(model, torch.bfloat16)
+        found = reduced.forward(batch.inputs).logits
+        with reduced.in_force():
+            assert model.generate(**batch.prompts, max_new_tokens=4, num_beams=2).shape[0] == 3
+    held = batch.inputs["decoder_attention_mask"].bool()
+    assert (found - exact)[held].abs().median() < 0.1 * exact[held].abs().median()
+
+
 def test_the_loss_is_the_models_own_and_smoothing_is_torchs() -> None:
     model, batch = model_of("t5"), task().collate(rows(), empty=False)
     outputs = model(**batch.inputs)
@@ -147,9 +161,9 @@ def test_the_loss_is_the_models_own_and_smoothing_is_torchs() -> None:
     smoothed = task(label_smoothing=0.1)
     counted = batch.labels != IGNORED
     expected = F.cross_entropy(outputs.logits[counted], batch.labels[counted], reduction="sum", label_smoothing=0.1)
-    assert float(smoothed.loss(outputs, batch)) == pytest.approx(float(expected), rel=1e-5)
+    assert smoothed.loss(outputs, batch).item() == pytest.approx(expected.item(), rel=1e-5)
     counts = smoothed.measure(outputs, batch)  # which is not smoothed
-    assert float(counts["loss"]) == pytest.approx(float(own), rel=1e-5)
+    assert float(counts["loss"]) == pytest.approx(own.item(), rel=1e-5)
     assert smoothed.metrics(counts)["units"] == 14
     assert fuse_loss(model) == ""
     fused = task(fused=True)
