@@ -61,7 +61,8 @@ def logs(argv: Sequence[str]) -> int:
     read: dict[Path, int] = {}
     while True:
         active = options.follow and any(not state.ended for state in _states(run))
-        files = sorted((run / "slurm").glob(f"{_job(run)}*.log"))
+        number = _job(run)
+        files = [*(run / "slurm").glob(f"{number}.log"), *sorted((run / "slurm").glob(f"{number}_*.log"))]
         for file in files:
             for line in _new_lines(file, read, rest=not active):
                 label = _LABEL.match(line)
@@ -87,26 +88,20 @@ def stop(argv: Sequence[str]) -> int:
     parser.add_argument("--wait", type=float, default=600, metavar="S", help="seconds at most (default: 600)")
     options = parser.parse_args(argv)
     run = _run(options.run)
-    active = [state for state in _states(run) if not state.ended]
-    if not active:
-        print(f"job {_job(run)} has ended already")
-        return 0
-    for state in active:
-        task = run / state.index if state.index.isdecimal() else run
-        if state.state in ("RUNNING", "COMPLETING"):
-            (task / "slurm").mkdir(parents=True, exist_ok=True)
-            (task / "slurm" / f"stop-{state.id}").touch()
-            signal_batch(state.id, "USR1")
-            print(f"job {state.id}: asked to save and end", flush=True)
-        else:
-            cancel(state.id)
-            print(f"job {state.id}: taken out of the queue", flush=True)
+    told: set[str] = set()
     deadline = time.monotonic() + options.wait
-    while waiting := [state.id for state in _states(run) if not state.ended]:
+    while active := [state for state in _states(run) if not state.ended]:
+        for state in active:
+            if said := "" if state.id in told else _ask_to_end(run, state):
+                told.add(state.id)
+                print(f"job {state.id}: {said}", flush=True)
         if time.monotonic() > deadline:
-            print(f"still running after {options.wait:.0f} s: {', '.join(waiting)}", file=sys.stderr)
+            print(f"not ended after {options.wait:.0f} s: {', '.join(s.id for s in active)}", file=sys.stderr)
             return 1
         time.sleep(POLL)
+    if not told:
+        print(f"job {_job(run)} has ended already")
+        return 0
     for name, text in _progress(run):
         print(f"{name:11} {text}")
     print(f"go on with  python -m launch resume {shlex.quote(os.path.relpath(run))}")
@@ -164,6 +159,20 @@ def _states(run: Path) -> list[JobState]:
     return job_states(_job(run))
 
 
+def _ask_to_end(run: Path, state: JobState) -> str:
+    """What was done to let it end; empty where it is between two states."""
+    if state.state == "RUNNING":
+        folder = (run / state.index if state.index else run) / "slurm"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"stop-{state.id}").touch()
+        signal_batch(state.id, "USR1")
+        return "asked to save and end"
+    if state.state == "COMPLETING":
+        return ""
+    cancel(state.id)
+    return "taken out of the queue"
+
+
 def _lines(run: Path, state: JobState) -> Iterator[tuple[str, str]]:
     """What there is to say of a job, or of a task of an array."""
     yield "run", os.path.relpath(run)
@@ -186,7 +195,10 @@ def _progress(run: Path) -> Iterator[tuple[str, str]]:
     share = f" of {total:,} ({step / total:.0%})" if total else ""
     yield "step", f"{step:,}{share}" if step or total else "none yet"
     kept = sorted(int(path.name[5:]) for path in run.glob("checkpoints/step_*") if (path / "manifest.json").is_file())
-    yield "checkpoint", f"the next start goes on after step {kept[-1]:,}" if kept else "none yet"
+    if _read(run / "report.json").get("status") == "finished":
+        yield "checkpoint", f"the run is finished; its report: {os.path.relpath(run / 'report.html')}"
+    else:
+        yield "checkpoint", f"the next start goes on after step {kept[-1]:,}" if kept else "none yet"
 
 
 def _last_step(run: Path) -> int:
@@ -198,10 +210,15 @@ def _last_step(run: Path) -> int:
 
 
 def _total(run: Path) -> int:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        manifest: Any = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        return int(manifest["effective"]["total_steps"])
-    return 0
+    effective = _read(run / "manifest.json").get("effective", {})
+    return int(effective.get("total_steps", 0))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON file of the run; nothing where there is none yet."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    return {}
 
 
 def _new_lines(file: Path, read: dict[Path, int], rest: bool) -> Iterator[str]:

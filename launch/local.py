@@ -20,13 +20,20 @@ from pathlib import Path
 
 from launch import run
 from launch.accelerate_config import STRATEGIES, Start, render
+from launch.errors import UserError
+from launch.processes import Parent
 
+DOCTORS_GRACE = 1.0
 PORT = 29500
 """Of the rendezvous of several nodes, where nothing else is said: that of accelerate."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Start a recipe on this machine; the exit code is that of `launch run`, or 2 after a mistake of the user."""
+    """Start a recipe on this machine; the exit code is that of `launch run`.
+
+    Raises:
+        UserError: what cannot start.
+    """
     parser = ArgumentParser(
         prog="python -m launch local",
         usage="%(prog)s RECIPE [--processes P] [--cpu] [--strategy S] [--restarts N] [--dry-run] -- OPTIONS",
@@ -39,28 +46,40 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--address", default="", help="of the first node, as the others see it; for several nodes")
     parser.add_argument("--port", type=int, default=PORT, help="on the first node (default: %(default)s)")
     parser.add_argument(
+        "--doctor", action="store_true", help="let `toolkit doctor` look first, and start if all is well"
+    )
+    parser.add_argument(
         "--obey", action="store_true", help="take the names of signals from standard input; its end is SIGTERM"
+    )
+    parser.add_argument(
+        "--resumable-code",
+        type=int,
+        default=run.RESUMABLE,
+        metavar="CODE",
+        help="in place of %(default)s, if it can go on",
     )
     own, options = divide(argv)
     asked = parser.parse_args(own)
     try:
         start = start_of(asked)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return run.USER_ERROR
+        raise UserError(str(error)) from error
     if asked.obey:
         threading.Thread(target=_obey, daemon=True).start()
     else:
         show(start, asked, options)
     if asked.dry_run:
         return 0
+    if asked.doctor and (code := _examine(start, asked, options)):
+        return asked.resumable_code if code == run.RESUMABLE else code
     if start.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate's file alone does not keep ranks off the GPUs
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
         file = Path(folder) / "accelerate.yaml"
         file.write_text(render(start), encoding="utf-8")
         words = ["--config_file", str(file), *node_options(start, asked.rank), asked.recipe, *options]
-        return run.main(["--restarts", str(asked.restarts), "--grace", str(asked.grace), "--", *words])
+        code = run.main(["--restarts", str(asked.restarts), "--grace", str(asked.grace), "--", *words])
+    return asked.resumable_code if code == run.RESUMABLE else code
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -146,6 +165,22 @@ def show(start: Start, asked: Namespace, options: Sequence[str]) -> None:
     lines += [f"python -m launch config {shlex.join(own)} > accelerate.yaml"]
     lines += [shlex.join([*command, asked.recipe, *options])]
     print("launch: this amounts to\n" + "".join(f"  {line}\n" for line in lines), file=sys.stderr, flush=True)
+
+
+def _examine(start: Start, asked: Namespace, options: Sequence[str]) -> int:
+    """Let the doctor look: 0 where all is well, 2 where there is something to mend, 75 after a signal."""
+    words = ["doctor"]
+    if start.nodes > 1:
+        meeting = f"{start.address}:{start.port}"
+        words += ["--nodes", str(start.nodes), "--rank", str(asked.rank), "--rendezvous", meeting]
+    command = [sys.executable, "-m", "toolkit.cli", *words, "--", asked.recipe, *options]
+    with Parent(DOCTORS_GRACE) as parent:
+        well = parent.run(command, os.environ)
+        if parent.asked:
+            return run.RESUMABLE
+    if not well:
+        print("launch: nothing was started (without a doctor, it is started all the same)", file=sys.stderr, flush=True)
+    return 0 if well else run.USER_ERROR
 
 
 def _obey() -> None:

@@ -49,9 +49,7 @@ _TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?|(?:(?:(\d+):)?(\d+):(\
 def main(argv: Sequence[str]) -> int:
     """Submit a job, or print its script."""
     dashes = list(argv).index("--") if "--" in argv else len(argv)
-    parser = _parser()
-    set_defaults(parser, {_dashed(a): a for a in parser._actions if _dashed(a) not in (*NOT_FOR_SITES, "help", "")})
-    options = parser.parse_args(argv[:dashes])
+    options = parse(argv[:dashes])
     job = _job(options, list(argv[dashes + 1 :]), shlex.join(["python", "-m", "launch", "slurm", *argv]))
     text = render(job)
     if options.dry_run:
@@ -62,6 +60,18 @@ def main(argv: Sequence[str]) -> int:
     number = _submit(job, text)
     print(_told(job, number))
     return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, over those of the site's files.
+
+    Raises:
+        UserError: a site's file is wrong.
+        SystemExit: after `--help`, or after an error that is told, with 2.
+    """
+    parser = _parser()
+    set_defaults(parser, {_dashed(a): a for a in parser._actions if _dashed(a) not in (*NOT_FOR_SITES, "help", "")})
+    return parser.parse_args(argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,6 +165,11 @@ def _check_size(options: argparse.Namespace) -> int:
     for name, value in (("--nodes", options.nodes), ("--gpus or --processes", size)):
         if value < 1:
             raise UserError(f"{name} {value}: at least 1 is needed", "Ask for one or more.")
+    if options.strategy == "hybrid" and (options.nodes < 2 or size < 2):
+        raise UserError(
+            "--strategy hybrid holds a copy of the model on each of several nodes, shared by its processes",
+            "Ask for two nodes or more with two processes or more each, or say --strategy fsdp.",
+        )
     if options.requeues < 0 or options.cpus < 0:
         raise UserError("--requeues and --cpus-per-task are not negative", "Drop the sign.")
     return int(size)
@@ -253,7 +268,7 @@ def _check_recipe(job: JobScript) -> None:
         raise UserError(f"{job.recipe[0]} does not take these options (see above)", "Mend them. Nothing was submitted.")
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        print(f"launch: the options of {job.recipe[0]} could not be checked here ({why})", file=sys.stderr)
+        print(f"launch: {job.python} could not check the options of {job.recipe[0]} here: {why}", file=sys.stderr)
 
 
 def _submit(job: JobScript, text: str) -> str:

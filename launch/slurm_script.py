@@ -100,9 +100,9 @@ def render(job: JobScript) -> str:
     values = {
         "title": f"{job.name}: {Path(job.recipe[0]).stem} on {job.nodes} nodes with {devices} each{each}.",
         "script": shlex.quote(str(job.script)),
-        "command": job.command,
+        "command": " ".join(job.command.splitlines()),
         "directives": "\n".join(f"#SBATCH {line}" for line in _directives(job)),
-        "setup": f"\n. {shlex.quote(job.setup)}" if job.setup else "",
+        "setup": f"\n# shellcheck source=/dev/null\n. {shlex.quote(job.setup)}" if job.setup else "",
         "run": shlex.quote(str(job.run)) + ('/"$SLURM_ARRAY_TASK_ID"' if job.array else ""),
         "recipe": _words(job.recipe),
         "config": shlex.quote(job.config),
@@ -112,7 +112,8 @@ def render(job: JobScript) -> str:
         "granted": _GRANTED if job.gpus else "",
         "starts": str(job.requeues + 1),
         "cpu": "" if job.gpus else "\nexport ACCELERATE_USE_CPU=true",
-        "container": _pyxis(job),
+        "pyxis": _pyxis(job),
+        "container": ' "${container[@]}"' if _pyxis(job) else "",
         "preflight": _PREFLIGHT if job.preflight else "",
         "grace": str(job.signal_lead - AFTER_GRACE),
     }
@@ -121,15 +122,18 @@ def render(job: JobScript) -> str:
     return _Bash(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
 
-_SEVERAL_LINES = ("directives", "granted", "preflight", "recipe")
+_SEVERAL_LINES = ("directives", "granted", "preflight", "recipe", "setup")
 
 _GRANTED = """
 granted=${SLURM_GPUS_ON_NODE:-0}
 [ "$granted" = "$per_node" ] || fail "$per_node GPUs on each node were asked for, and $granted are there\""""
 
 _PREFLIGHT = """
-"${everywhere[@]}" "${python[@]}" -m toolkit.cli doctor --nodes "$SLURM_NNODES" --rank @node \\
-    --rendezvous "$address:$((port + 1))" -- "${recipe[@]}" || exit 2"""
+
+# Look at the nodes, and at whether they reach each other, before the ranks start.
+doctor=(doctor --nodes "$SLURM_NNODES")
+[ "$SLURM_NNODES" = 1 ] || doctor+=(--rank @node --rendezvous "$address:$((port + 1))" --port "$port")
+"${everywhere[@]}" "${python[@]}" -m toolkit.cli "${doctor[@]}" -- "${recipe[@]}" || exit 2"""
 
 
 def _directives(job: JobScript) -> Iterable[str]:
@@ -174,7 +178,7 @@ def _pyxis(job: JobScript) -> str:
     if not job.container or job.container.endswith(".sif"):
         return ""
     image = f"--container-image={shlex.quote(job.container)}"
-    return f' \\\n    {image} --container-mounts="$PWD:$PWD,$run:$run" --container-workdir="$PWD" \\\n   '
+    return f'\ncontainer=({image} --container-mounts="$PWD:$PWD,$run:$run" --container-workdir="$PWD")'
 
 
 def _words(words: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """`python -m launch ssh HOSTS RECIPE --processes P -- OPTIONS`: a few machines without a scheduler.
 
 HOSTS is a file with a host a line, the first of which is where the ranks meet. On each, over one ssh, runs
-`python -m launch local`, in this folder and with this Python, which all of them must have in the same place. Before
-that `toolkit doctor` runs on all. What they print comes here with the host in front. A signal to this process reaches
+`python -m launch local`, in this folder and with this Python, which all of them must have in the same place; and before
+that, `toolkit doctor`. What they print comes here with the host in front. A signal to this process reaches
 all ranks, as does the end of it; one host that fails ends all.
 
 Of the environment only what `PASSED_ON` names goes along, since a command line can be read by others.
@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from launch.errors import UserError
 from launch.local import PORT, add_arguments, divide
 from launch.processes import MARGIN, SAME_WISH, SIGNALS, TICK
 from launch.run import CRASHED, RESUMABLE, USER_ERROR
@@ -38,12 +39,13 @@ PASSED_ON = re.compile(
 UNREACHED = 255
 """What ssh ends with where it does not connect."""
 
-DOCTOR_SECONDS = 90.0
-"""More than it ever takes."""
-
 
 def main(argv: Sequence[str]) -> int:
-    """Start a recipe on several machines; the exit code is the job's, as of `launch run`."""
+    """Start a recipe on several machines; the exit code is the job's, as of `launch run`.
+
+    Raises:
+        UserError: what cannot start.
+    """
     parser = ArgumentParser(
         prog="python -m launch ssh",
         usage="%(prog)s HOSTS RECIPE [--processes P] [--cpu] [--strategy S] [--restarts N] [--dry-run] -- OPTIONS",
@@ -60,58 +62,48 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--skip-doctor", action="store_true", help="start without looking at the machines first")
     own, options = divide(argv)
     asked = parser.parse_args(own)
-    try:
-        hosts = read_hosts(asked.hosts)
-        _check(asked, hosts)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    doctor = {host: _doctor(asked, hosts, rank, options) for rank, host in enumerate(hosts)}
-    training = {host: _training(asked, hosts, rank, options) for rank, host in enumerate(hosts)}
+    hosts = read_hosts(asked.hosts)
+    _check(asked, hosts)
+    commands = {host: _command(asked, hosts, rank, options) for rank, host in enumerate(hosts)}
     if asked.dry_run:
-        for command in [*([] if asked.skip_doctor else doctor.values()), *training.values()]:
+        for command in commands.values():
             print(shlex.join(command))
         return 0
     with Crew(asked.grace) as crew:
-        if not asked.skip_doctor:
-            code = crew.run(doctor, together=False)
-            if code or crew.asked:
-                print("launch: nothing was started; --skip-doctor starts all the same", file=sys.stderr)
-                return code or RESUMABLE
-        return _attempts(crew, training, asked.restarts)
+        return _attempts(crew, commands, asked.restarts)
 
 
 def read_hosts(file: Path) -> list[str]:
     """The hosts that a file names, in its order; what stands behind # is not for us.
 
     Raises:
-        ValueError: it cannot be read, is empty, names a host twice, or something that is none.
+        UserError: it cannot be read, is empty, names a host twice, or something that is none.
     """
     try:
         lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from error
     hosts = [line for line in lines if line]
     for host in hosts:
         if not re.fullmatch(r"([\w.-]+@)?\w[\w.-]*", host):  # nothing that ssh would take for an option
-            raise ValueError(f"{file}: {host!r} is no host; write HOST or USER@HOST, and the rest into ~/.ssh/config")
+            raise UserError(f"{file}: {host!r} is no host; write HOST or USER@HOST, and the rest into ~/.ssh/config")
     if not hosts:
-        raise ValueError(f"{file} names no host")
+        raise UserError(f"{file} names no host")
     twice = sorted({host for host in hosts if hosts.count(host) > 1})
     if twice:
-        raise ValueError(f"{file} names {twice[0]} twice: --processes says how many ranks a host has")
+        raise UserError(f"{file} names {twice[0]} twice: --processes says how many ranks a host has")
     return hosts
 
 
 def _check(asked: Namespace, hosts: Sequence[str]) -> None:
     if not Path(asked.directory, asked.recipe).is_file() and Path(asked.directory) == Path.cwd():
-        raise ValueError(f"there is no recipe {asked.recipe}")
+        raise UserError(f"there is no recipe {asked.recipe}")
     if asked.processes is None or asked.processes < 1:
-        raise ValueError("how many ranks is a host to have? Say --processes P")
+        raise UserError("how many ranks is a host to have? Say --processes P")
     if asked.restarts < 0 or asked.grace <= 0:
-        raise ValueError("--restarts is at least 0, and --grace more than 0")
+        raise UserError("--restarts is at least 0, and --grace more than 0")
     if len(hosts) * asked.processes == 1 and asked.strategy != "ddp":
-        raise ValueError(f"{asked.strategy} needs at least two processes")
+        raise UserError(f"{asked.strategy} needs at least two processes")
 
 
 def _attempts(crew: Crew, commands: Mapping[str, Sequence[str]], restarts: int) -> int:
@@ -124,35 +116,20 @@ def _attempts(crew: Crew, commands: Mapping[str, Sequence[str]], restarts: int) 
     return CRASHED
 
 
-def _training(asked: Namespace, hosts: Sequence[str], rank: int, options: Sequence[str]) -> list[str]:
+def _command(asked: Namespace, hosts: Sequence[str], rank: int, options: Sequence[str]) -> list[str]:
+    """What starts this host's ranks. The far end's shell gets one string, of which each word is quoted."""
     words = ["launch", "local", asked.recipe, "--processes", str(asked.processes), "--strategy", asked.strategy]
     words += ["--grace", str(asked.grace), "--obey", *(["--cpu"] if asked.cpu else [])]
+    words += [] if asked.skip_doctor else ["--doctor"]
     if len(hosts) > 1:
-        words += ["--nodes", str(len(hosts)), "--rank", str(rank)]
-        words += ["--address", _address(asked, hosts), "--port", str(asked.port)]
-    return _ssh(asked, hosts[rank], [*words, "--", *options])
-
-
-def _doctor(asked: Namespace, hosts: Sequence[str], rank: int, options: Sequence[str]) -> list[str]:
-    words = ["toolkit.cli", "doctor"]
-    if len(hosts) > 1:
-        meeting = f"{_address(asked, hosts)}:{asked.port}"
-        words += ["--nodes", str(len(hosts)), "--rank", str(rank), "--rendezvous", meeting]
-    return _ssh(asked, hosts[rank], [*words, "--", asked.recipe, *options])
-
-
-def _ssh(asked: Namespace, host: str, words: Sequence[str]) -> list[str]:
-    """`python -m WORDS` on a host. The far end's shell gets one string, of which each word is quoted."""
+        address = asked.address or hosts[0].rpartition("@")[2]
+        words += ["--nodes", str(len(hosts)), "--rank", str(rank), "--address", address, "--port", str(asked.port)]
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if PASSED_ON.fullmatch(name)]
-    command = shlex.join(["env", *variables, asked.python, "-m", *words])
+    command = shlex.join(["env", *variables, asked.python, "-m", *words, "--", *options])
     # No terminal: a password could not be asked for. A line that has gone dead is noticed within a minute.
-    options = ["-o", "BatchMode=yes", "-o", "ServerAliveInterval=20", "-o", "ServerAliveCountMax=3"]
-    options += ["-F", asked.ssh_config] if asked.ssh_config else []
-    return ["ssh", *options, "--", host, f"cd {shlex.quote(asked.directory)} && exec {command}"]
-
-
-def _address(asked: Namespace, hosts: Sequence[str]) -> str:
-    return str(asked.address or hosts[0].rpartition("@")[2])
+    own = ["-o", "BatchMode=yes", "-o", "ServerAliveInterval=20", "-o", "ServerAliveCountMax=3"]
+    own += ["-F", asked.ssh_config] if asked.ssh_config else []
+    return ["ssh", *own, "--", hosts[rank], f"cd {shlex.quote(asked.directory)} && exec {command}"]
 
 
 class Crew:
@@ -181,12 +158,8 @@ class Crew:
         for number, former in self._former:
             signal.signal(number, former)  # type: ignore[arg-type]
 
-    def run(self, commands: Mapping[str, Sequence[str]], *, together: bool = True) -> int:
-        """Start them all and wait for the end of all.
-
-        Args:
-            commands: by host.
-            together: a signal is passed on, and one that fails ends the others; else a signal ends ssh itself.
+    def run(self, commands: Mapping[str, Sequence[str]]) -> int:
+        """Start these, by host, and wait for the end of all; one that fails ends the others.
 
         Returns:
             0 where all ended well; else 1 where one crashed or was not reached, 2 after a mistake of the user, 75.
@@ -204,16 +177,14 @@ class Crew:
             reader.start()
         if self.asked:
             self._say(self.asked)  # it came meanwhile
-        patience = self._grace + MARGIN if together else 0.0
-        began, failed_at = time.monotonic(), 0.0
-        while any(line.poll() is None for line in self._lines.values()):
+        failed_at = 0.0
+        while None in (codes := [line.poll() for line in self._lines.values()]):
             now = time.monotonic()
-            if together and not failed_at and any(line.returncode for line in self._lines.values()):
+            if any(codes) and not (failed_at or self.asked):  # a second one would not let them save
                 failed_at = now
                 self._say(signal.SIGTERM)
-            ends = [since + patience for since in (self._since, failed_at) if since]
-            ends += [] if together else [began + DOCTOR_SECONDS]
-            if self._insisted or (ends and now > min(ends)):
+            since = self._since or failed_at
+            if self._insisted or (since and now > since + self._grace + 2 * MARGIN):
                 for line in self._lines.values():
                     line.kill()
             time.sleep(TICK)

@@ -40,7 +40,7 @@ class Config:
 
     model: ModelConfig = ModelConfig(name="sample:whisper-tiny-en")
     adapter: AdapterConfig = AdapterConfig()
-    data: SpeechConfig = SpeechConfig(max_seconds=8, validation_share=0.1, test_share=0.22)
+    data: SpeechConfig = SpeechConfig(validation_share=0.1, test_share=0.2)
     train: TrainConfig = TrainConfig(epochs=2, global_batch=8, eval_batch=16)
     optim: OptimConfig = OptimConfig(lr=3e-5)
     precision: Precision = "auto"

@@ -42,8 +42,8 @@ class Config:
 
     model: ModelConfig = ModelConfig(name="sample:smollm2")
     adapter: AdapterConfig = AdapterConfig(name="lora")
-    data: SummaryConfig = SummaryConfig(validation_share=0.02, test_share=0.05, train_texts=320)
-    train: TrainConfig = TrainConfig(epochs=1, global_batch=16, eval_batch=16)
+    data: SummaryConfig = SummaryConfig(validation_share=0.01, test_share=0.03, train_texts=320)
+    train: TrainConfig = TrainConfig(epochs=1, global_batch=8, eval_batch=16)
     optim: OptimConfig = OptimConfig(lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0, schedule="cosine")
     precision: Precision = "auto"
     """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""

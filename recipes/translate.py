@@ -46,10 +46,10 @@ class Config:
 
     model: EncoderDecoderConfig = EncoderDecoderConfig()
     adapter: AdapterConfig = AdapterConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig(vocabulary=6000)
+    tokenizer: TokenizerConfig = TokenizerConfig(vocabulary=4000)
     data: TranslationConfig = TranslationConfig(validation_share=0.03, test_share=0.03, max_target_length=48)
-    train: TrainConfig = TrainConfig(epochs=12, global_batch=64, label_smoothing=0.1)
-    optim: OptimConfig = OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, schedule="cosine")
+    train: TrainConfig = TrainConfig(epochs=8, global_batch=32, label_smoothing=0.1)
+    optim: OptimConfig = OptimConfig(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, schedule="cosine")
     precision: Precision = "auto"
     """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
     quantization: Quantization = "none"
@@ -69,9 +69,9 @@ def main(config: Config) -> None:
         tokenizer = pairs_tokenizer(config.model, config.tokenizer, corpus)
         tell_languages(tokenizer, config.data.source_lang, config.data.target_lang)
         data = encode_pairs(config.data, corpus, tokenizer)
-        model = load_encoder_decoder(config.model, tokenizer, seed=config.run.seed)
-        room = config.data.max_target_length
-        write_as(model, tokenizer, config.generate, tokens=room)
+        longest = max(config.data.max_length, config.data.max_target_length)
+        model = load_encoder_decoder(config.model, tokenizer, longest, seed=config.run.seed)
+        write_as(model, tokenizer, config.generate, tokens=config.data.max_target_length)
         model = add_adapter(model, config.adapter, seed=config.run.seed, low_bit=session.low_bit)
         smoothing = config.train.label_smoothing
         whole_logits = "labels are smoothed" if smoothing else fuse_loss(model)  # or a loss that needs none
@@ -80,7 +80,7 @@ def main(config: Config) -> None:
             start=start_token(model),
             label_smoothing=smoothing,
             fused=not whole_logits,
-            **input_limits(model, max(config.data.max_length, room)),
+            **input_limits(model, longest),
         )
 
         options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows, "width": width(model)}

@@ -22,7 +22,7 @@ _SIZES = ("layers", "hidden_size", "heads", "mlp_size")
 _CODE = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")
 
 
-def load_encoder_decoder(config: EncoderDecoderConfig, tokenizer: Any, *, seed: int) -> nn.Module:
+def load_encoder_decoder(config: EncoderDecoderConfig, tokenizer: Any, max_length: int, *, seed: int) -> nn.Module:
     """An encoder–decoder in fp32 on the CPU: with the weights of `config.name`, or drawn from `seed`.
 
     Where the tokenizer has been told a language of the targets, the model, and all that load what is saved of it,
@@ -31,6 +31,7 @@ def load_encoder_decoder(config: EncoderDecoderConfig, tokenizer: Any, *, seed: 
     Args:
         config: which, or how large a new one.
         tokenizer: its vocabulary must fit into the embedding; a new one is made for it.
+        max_length: tokens of the longest text, of either side, that a new one is made for.
         seed: of new weights, so that all ranks hold the same.
 
     Raises:
@@ -39,8 +40,8 @@ def load_encoder_decoder(config: EncoderDecoderConfig, tokenizer: Any, *, seed: 
     """
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     ids = (tokenizer.eos_token_id, tokenizer.pad_token_id, getattr(tokenizer, "tgt_lang", None))
-    load = functools.partial(_load, config, tokenizer, vocabulary, seed=seed)
-    return once_a_node(repr((config, vocabulary, ids, seed)), load)
+    load = functools.partial(_load, config, tokenizer, vocabulary, max_length, seed=seed)
+    return once_a_node(repr((config, vocabulary, ids, max_length, seed)), load)
 
 
 def tell_languages(tokenizer: Any, source: str | None, target: str | None) -> None:
@@ -102,11 +103,11 @@ def start_token(model: nn.Module) -> int:
     )
 
 
-def _load(config: EncoderDecoderConfig, tokenizer: Any, vocabulary: int, *, seed: int) -> nn.Module:
+def _load(config: EncoderDecoderConfig, tokenizer: Any, vocabulary: int, max_length: int, *, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     build: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
     if config.name is None:
-        network = _new_network(config, tokenizer, vocabulary)
+        network = _new_network(config, tokenizer, vocabulary, max_length)
         model: Any = AutoModelForSeq2SeqLM.from_config(network, **build)
         model.origin = Origin("", None, "random", ())
     else:
@@ -125,7 +126,7 @@ def _load(config: EncoderDecoderConfig, tokenizer: Any, vocabulary: int, *, seed
     return model  # type: ignore[no-any-return]
 
 
-def _new_network(config: EncoderDecoderConfig, tokenizer: Any, vocabulary: int) -> PreTrainedConfig:
+def _new_network(config: EncoderDecoderConfig, tokenizer: Any, vocabulary: int, max_length: int) -> PreTrainedConfig:
     if config.revision is not None:
         raise ConfigError("--model.revision has no effect without --model.name", "Drop it, or name a hub id.")
     if config.hidden_size % config.heads:
@@ -133,18 +134,24 @@ def _new_network(config: EncoderDecoderConfig, tokenizer: Any, vocabulary: int) 
             f"--model.hidden_size {config.hidden_size} is no multiple of --model.heads {config.heads}",
             "The width is divided among the heads.",
         )
+    mlp_size, heads = config.mlp_size or 4 * config.hidden_size, config.heads
     network = AutoConfig.for_model(
-        "t5",
+        "mbart",
         vocab_size=vocabulary,
         d_model=config.hidden_size,
-        d_kv=config.hidden_size // config.heads,
-        d_ff=config.mlp_size or -(-config.hidden_size * 8 // 3 // 64) * 64,
-        num_layers=config.layers,
-        num_heads=config.heads,
-        feed_forward_proj="gated-gelu",
+        encoder_layers=config.layers,
+        decoder_layers=config.layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=mlp_size,
+        decoder_ffn_dim=mlp_size,
+        max_position_embeddings=max_length,
+        scale_embedding=True,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=None,
     )
     network.dtype = torch.float32
     if config.dropout is not None:

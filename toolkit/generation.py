@@ -129,7 +129,7 @@ def write_as(
         num_beams=config.beams,
         length_penalty=1.0 if penalty is None else penalty,
         max_new_tokens=tokens,
-        eos_token_id=sorted({tokenizer.eos_token_id, *ends}),
+        eos_token_id=sorted({*_listed(tokenizer.eos_token_id), *_listed(described.config.eos_token_id), *ends}),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **({"decoder_start_token_id": start_token(model)} if encodes else {}),
         **({} if language is None else {"forced_bos_token_id": language}),
@@ -173,6 +173,10 @@ def write_each(
         on_batch(done)
     every = itertools.chain.from_iterable(strategy.world.gather(written))
     return sorted(every, key=lambda one: one.id)
+
+
+def _listed(token: int | list[int] | None) -> list[int]:
+    return [] if token is None else [token] if isinstance(token, int) else token
 
 
 class _Watched(StoppingCriteria):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from toolkit.compute import replace_dropout
 from toolkit.data.loader import Loader
 from toolkit.engine import evaluate, train_step
 from toolkit.errors import NumericsError
@@ -43,6 +44,8 @@ def train_rival(
         found: dict[str, Any] = session.world.on_main(lambda: json.loads(file.read_text(encoding="utf-8")))
         return found
     config = session.config
+    if session.world.device.type == "cpu":
+        replace_dropout(model)  # as the run's own
     strategy = choose_strategy(
         config.strategy,
         world=session.world,
@@ -51,6 +54,7 @@ def train_rival(
         max_grad_norm=config.train.max_grad_norm,
     )
     strategy.setup(model, lambda wrapped: adamw(wrapped, config.optim))
+    session.console.note(f"{title}: trained for {session.total_steps:,} steps, to stand beside the run's own model")
     for step in train.steps(session.total_steps):
         result = train_step(strategy, task, step, learning_rate=session.schedule(step.number), seed=config.run.seed)
         if result.fault:

@@ -15,6 +15,7 @@ EXTRA = "translate"
 """Of this project, which installs both libraries."""
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _WORDS = re.compile("[a-z0-9]+|[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_SENTENCE = re.compile(r"""\S.*?(?:[.!?]["'”’)]*(?=\s+[^a-z\s])|[。！？][”’」』]*)""")
 _MANY = 0.2
 """Share of Chinese characters from which texts are taken for Chinese ones, with names in Latin letters among them."""
 
@@ -61,7 +62,8 @@ def rouge(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
 def lead(text: str) -> str:
     """The first sentence of a text: what a summary has to be better than."""
     line = next(filter(None, map(str.strip, text.splitlines())), "")
-    return re.split(r"(?<=[.!?])[\"'”’)]*\s+|(?<=[。！？])", line, maxsplit=1)[0]
+    found = _SENTENCE.match(line)
+    return found[0] if found else line
 
 
 class _Words:

@@ -7,6 +7,7 @@
 #
 @@{directives}
 
+# shellcheck disable=SC2016  # where a $ stands between single quotes, it is meant
 set -uo pipefail
 # Steps get this shell's variables: those of your login, and those that --export names. Not those of the terminal.
 export SLURM_EXPORT_ENV=ALL@@{setup}
@@ -14,7 +15,7 @@ export SLURM_EXPORT_ENV=ALL@@{setup}
 run=@@{run}
 recipe=(@@{recipe} --run.dir "$run")
 launcher=(--config_file @@{config})
-python=(@@{python})
+python=(@@{python})@@{pyxis}
 per_node=@@{per_node}  # processes@@{array}
 
 fail() { echo "$1" >&2; exit 2; }
@@ -42,7 +43,6 @@ cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 export OMP_NUM_THREADS=$((cpus > per_node ? cpus / per_node : 1))@@{cpu}
 
 # On every node one task, which knows its number; the others are ended where one fails.
-# shellcheck disable=SC2016
 everywhere=(srun --label --kill-on-bad-exit=1 --cpus-per-task="$cpus"@@{container} bash -c 'exec "${@/#@node/$SLURM_NODEID}"' node)
 srun test -d "$run/slurm" || fail "not every node sees $run: it must lie on a file system that they share"@@{preflight}
 

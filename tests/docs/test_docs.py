@@ -25,6 +25,9 @@ from typing import Any
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from launch import slurm as launch_slurm
+from launch.__main__ import main as launch
+from launch.local import divide
 from tests.recipes.launching import ROOT, environment
 from toolkit.cli import COMMANDS
 from toolkit.config import parse
@@ -200,9 +203,18 @@ def test_the_options_of_a_recipe_parse(command: Command, monkeypatch: pytest.Mon
         launcher = launcher[launcher.index("accelerate") :]
     if launcher[:4] == ("python", "-m", "launch", "run"):
         launcher = ("accelerate", "launch", *launcher[launcher.index("--") + 1 :])
+    if launcher == ("python", "-m", "launch", "slurm"):
+        dashes = options.index("--") if "--" in options else len(options)
+        launch_slurm.parse([recipe, *options[:dashes]])
+        launcher, options = ("python",), options[dashes + 1 :]
     if launcher[:2] == ("accelerate", "launch"):
         asked = launch_command_parser().parse_args([*launcher[2:], recipe])
         assert asked.config_file is None or exists(asked.config_file, command.block.page)
+    elif launcher == ("python", "-m", "launch", "local"):
+        own, options = divide(options)
+        assert launch(["local", recipe, *own, "--dry-run"]) == 0
+    elif launcher[:4] == ("python", "-m", "launch", "ssh") or launcher[:2] == ("toolkit", "doctor"):
+        options = divide(options)[1] if "--" in options else options
     elif launcher == ("toolkit", "data", "show"):
         if "--samples" in options:
             place = options.index("--samples")
@@ -256,7 +268,7 @@ def test_the_tables_are_complete() -> None:
         assert re.search(rf"^\| `{name}` \| {layout.ranks}\b", numbers, flags=re.MULTILINE), (name, layout)
     page = (ROOT / "docs" / "fine-tune-a-classifier.md").read_text(encoding="utf-8")
     for file in ROOT.glob("configs/bert_cls/*.yaml"):
-        accuracy = re.search(r"accuracy (0\.\d+)", file.read_text(encoding="utf-8"))
+        accuracy = re.search(r"(?:accuracy|Pearson) (0\.\d+)", file.read_text(encoding="utf-8"))
         assert accuracy
         assert re.search(rf"`configs/bert_cls/{file.name}`[^`]*{accuracy[1]}", page), file
     readme = README.read_text(encoding="utf-8")

@@ -70,7 +70,9 @@ def test_port_disk_and_hub(disk: SmallDisk, tmp_path: Path) -> None:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         endpoint, port = f"http://127.0.0.1:{nobody.getsockname()[1]}", taken.getsockname()[1]
         hub = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "", "HF_HOME": str(tmp_path)}
-        said = doctor(tmp_path / "recipe.py", "--port", port, "--", "--run.dir", disk.path / "run", code=1, **hub)
+        # As a scheduler's script says it, also of one node.
+        meeting = ["--nodes", "1", "--rank", "0", "--rendezvous", f"localhost:{port}"]
+        said = doctor(tmp_path / "recipe.py", *meeting, "--", "--run.dir", disk.path / "run", code=1, **hub)
     assert found(said, "port")[0][0] == "error"
     assert f"{port} is taken by " in found(said, "port")[0][1]
     assert f"(process {os.getpid()})" in found(said, "port")[0][1]
@@ -113,7 +115,7 @@ def test_a_real_recipe_whose_data_are_not_prepared(tmp_path: Path) -> None:
         (["--nodes", "2", "--rank", "0", "--rendezvous", "a"], "--rendezvous a is not HOST:PORT"),
         (["--nodes", "2", "--rank", "0", "--rendezvous", "a:70000"], "is not HOST:PORT"),
         (["--nodes", "0"], "'0' is not a whole number above 0"),
-        (["--rank", "1"], "--rank and --rendezvous have no effect on one node"),
+        (["--rank", "1"], "--rank 1 is not below --nodes 1"),
         (["--timeout", "5"], "'5' is not a number of seconds from 10 to 3600"),
     ],
 )

@@ -173,8 +173,8 @@ class Cluster:
         self.on(node, "bash", "-c", "kill -STOP -1")
 
     def thaw(self, node: str) -> None:
-        """Let its processes go on, but for slurmd, which would end those of jobs that SLURM has given up."""
-        self.on(node, "bash", "-c", "pkill -KILL -x slurmd; kill -CONT -1")
+        """Let its processes go on, but for SLURM's own, which would end those of jobs that it has given up."""
+        self.on(node, "bash", "-c", "pkill -KILL -x 'slurmd|slurmstepd|srun'; kill -CONT -1")
 
     @contextlib.contextmanager
     def without_controller(self) -> Iterator[None]:

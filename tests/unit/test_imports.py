@@ -48,6 +48,7 @@ FLOORS = (
     "data",
     "embeddings",
     "word_classifier",
+    "image_models",
     "tasks",
     "baselines",
     "probe",

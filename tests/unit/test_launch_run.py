@@ -268,6 +268,19 @@ def test_a_second_signal_ends_all_at_once(job: Callable[..., Job]) -> None:
     assert time.monotonic() - sent < 2
 
 
+@pytest.mark.slow
+def test_what_srun_is_told(job: Callable[..., Job], tmp_path: Path) -> None:
+    """Not that the run is to go on: a node whose ranks end first would take the others with it."""
+    script = LEAVES + "    print('a line', flush=True)\n    leave(int(sys.argv[1]))\n"
+    file = tmp_path / "resumable"
+    ended = [job(script, code, own=f"--label --resumable {file}") for code in (75, 2)]
+    assert ended[1].end() == 2
+    assert ended[0].end() == 0
+    assert file.exists()
+    lines = ended[0].output().splitlines()
+    assert {"[rank 0] a line", "[rank 1] a line"} <= set(lines)
+
+
 # Deaths
 
 

@@ -285,11 +285,6 @@ SPOILT: dict[str, tuple[Callable[[Path], object], type[ToolkitError], str]] = {
         ModelError,
         "which this command does not know",
     ),
-    "regression": (
-        lambda run: set_in(run / "model/config.json", problem_type="regression"),
-        ModelError,
-        "made for regression",
-    ),
     "pickle": (save_as_pickle, ModelError, "no .safetensors file, only pytorch_model.bin"),
     "no weights": (lambda run: (run / "model/model.safetensors").unlink(), ModelError, "no .safetensors file"),
     "no tokenizer": (forget_tokenizer, ModelError, "no tokenizer"),

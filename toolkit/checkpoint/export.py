@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from toolkit.adapters import adapter_of
 from toolkit.checkpoint.joined import load_weights, state_digest
+from toolkit.data.images import FILE as IMAGE_PROCESSOR
+from toolkit.data.images import load_processor
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.folders import written_aside
 from toolkit.networks import architecture
@@ -77,6 +79,8 @@ def write_base(model: PreTrainedModel, tokenizer: Any, base: Path) -> None:
     """
     with written_aside(base) as aside, quiet_libraries():
         write_config(model, aside, torch.float32)
+        if model.can_generate():
+            model.generation_config.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         if adapter := adapter_of(model):
@@ -181,17 +185,23 @@ def build_model(base: Path, weights: Mapping[str, torch.Tensor]) -> PreTrainedMo
             "Take base/ and checkpoint from the same run.",
         )
     model.load_state_dict(dict(weights), strict=False)
+    if (base / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(base, **_LOCAL)
     return model.eval()
 
 
 def load_tokenizer(base: Path) -> Any:
-    """The tokenizer in `base`, from its files alone.
+    """The tokenizer in `base`, from its files alone, or what else prepares the inputs of its model.
 
     Raises:
         ModelError: there is none.
     """
     try:
         with quiet_libraries():
+            if (base / IMAGE_PROCESSOR).is_file() and not (base / "tokenizer_config.json").is_file():
+                return load_processor(base)
+            if (base / "processor_config.json").is_file():  # which holds one, and what makes features of recordings
+                return AutoProcessor.from_pretrained(base, **_LOCAL)
             tokenizer = AutoTokenizer.from_pretrained(base, **_LOCAL)
     except Exception as error:  # each of the libraries below has its own
         raise _unreadable(base, "tokenizer", error) from error
@@ -203,12 +213,17 @@ def load_tokenizer(base: Path) -> Any:
 
 
 def probe_batch(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """A small batch that any text model with this configuration can answer, always the same: (2, 12) with a mask.
+    """A small batch, always the same, that a model of this configuration answers: (2, 12) tokens and a mask, images or
+    sound.
 
     Raises:
-        CheckpointError: the model reads no text.
+        CheckpointError: the model reads none of these.
     """
     text = config.get_text_config()
+    if not getattr(text, "vocab_size", None) and (channels := getattr(config, "num_channels", None)):
+        side = getattr(config, "image_size", 32)
+        sides = side if isinstance(side, (list, tuple)) else (side, side)
+        return {"pixel_values": torch.randn(2, channels, *sides, generator=torch.Generator().manual_seed(0))}
     if not getattr(text, "vocab_size", None):
         raise CheckpointError(f"a {config.model_type} reads no tokens: it cannot be proved on a batch of them", "")
     pad, end = getattr(text, "pad_token_id", None), _first(getattr(text, "eos_token_id", None))
@@ -225,6 +240,10 @@ def probe_batch(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
         mask[row, :length] = 1
         if end is not None and end < text.vocab_size:
             ids[row, length - 1] = end  # by which some find the end of a text
+    if mels := getattr(config, "num_mel_bins", None):  # a model of speech, which reads a window of features
+        frames = 2 * config.max_source_positions
+        features = torch.randn(len(ids), mels, frames, generator=generator)
+        return {"input_features": features, "decoder_input_ids": ids}
     probe = {"input_ids": ids, "attention_mask": mask}
     return probe | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
 
@@ -319,7 +338,7 @@ def answer(model: PreTrainedModel, probe: Mapping[str, torch.Tensor]) -> torch.T
     """A model's logits on `probe`, or the first of its outputs."""
     outputs: Any = model(**probe)
     logits: torch.Tensor = outputs.logits if "logits" in outputs else outputs[0]
-    if logits.ndim == 3:  # of PEFT's model around one, virtual tokens have some too, in front
+    if logits.ndim == 3 and "input_ids" in probe:  # of PEFT's model around one, virtual tokens have some too, in front
         logits = logits[:, -probe["input_ids"].shape[1] :]
     return logits.float()
 

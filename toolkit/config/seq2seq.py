@@ -60,21 +60,21 @@ class SummaryConfig(TextPairsConfig):
 
 @dataclass(frozen=True)
 class EncoderDecoderConfig:
-    """The encoder–decoder to train: a new one of these sizes (as T5 1.1), or one to go on from."""
+    """The encoder–decoder to train: a new one of these sizes (pre-norm, as mBART), or one to go on from."""
 
     name: str | None = None
     """Weights to go on from: a local folder, or a hub id (T5, mT5, BART, mBART, Marian, NLLB, M2M100). Its sizes are
     its own. By default a new network."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    layers: Count = 3
+    layers: Count = 2
     """Blocks of a new network's encoder, and of its decoder."""
     hidden_size: Count = 256
     """Width of a new network."""
     heads: Count = 4
     """Attention heads of a block."""
     mlp_size: Count | None = None
-    """Inner width of a gated feed-forward layer. By default 8/3 of the width, a multiple of 64."""
+    """Inner width of a feed-forward layer. By default 4 times the width."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Overrides every dropout probability of the network (0.1 in a new one)."""
     freeze: tuple[str, ...] = ()

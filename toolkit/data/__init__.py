@@ -11,7 +11,7 @@ from toolkit.data.chat import answer_end, answer_pairs, chat, conversations, pre
 from toolkit.data.examples import Examples, examples
 from toolkit.data.language import LanguageData, language
 from toolkit.data.text_classification import TextClassification, text_classification
-from toolkit.data.text_corpus import TextCorpus, text_corpus
+from toolkit.data.text_corpus import TextCorpus, stream_texts, text_corpus
 from toolkit.data.text_pairs import encode_pairs, pairs_tokenizer, text_pairs
 from toolkit.data.text_targets import labelled_texts
 from toolkit.data.token_tags import tag_labels, tagged_tokens, token_tags
@@ -37,6 +37,7 @@ __all__ = [
     "pairs_tokenizer",
     "preferences",
     "question",
+    "stream_texts",
     "tag_labels",
     "tagged_tokens",
     "text_classification",

@@ -80,9 +80,14 @@ def answer_spans(config: SpansConfig, corpus: TextCorpus, tokenizer: Any) -> Exa
         `answers` (list of string), `length` (int), `id` (int).
 
     Raises:
-        ConfigError: a stride that leaves no room, or weights that are not one for each source.
+        ConfigError: a stride that leaves no room, a slow tokenizer, or weights that are not one for each source.
         DataError: too many questions fill half a window, or a split has none left.
     """
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "the tokenizer is not of the library tokenizers, so that it cannot say where in a passage a token is",
+            "Take a model with a tokenizer.json.",
+        )
     room = config.max_length // 2 - tokenizer.num_special_tokens_to_add(pair=True)
     if config.stride >= room:
         raise ConfigError(

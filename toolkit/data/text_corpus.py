@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,25 @@ def text_corpus(config: CorpusConfig) -> TextCorpus:
     """
     read = functools.partial(_read_texts, config=config)
     return gather(config, read, {"text": config.text, "texts_in": config.texts_in}, texts_in=config.texts_in)
+
+
+def stream_texts(names: Sequence[str], text: str) -> Iterator[str]:
+    """All texts of some sources in their order, with repeats and in no splits: to count or to read, not to train on.
+
+    Args:
+        names: of samples, files, folders or globs, and ids of the hub; a text of a .txt file is a paragraph.
+        text: column that holds them.
+
+    Raises:
+        DataError: data that is missing or malformed.
+    """
+    as_found = CorpusConfig(text=text)
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, name in enumerate(names):
+            (Path(scratch) / str(number)).mkdir()
+            for rows in _read_texts(_find(name, "train", "paragraph"), "train", Path(scratch) / str(number), as_found):
+                for batch in rows.texts.iter(1000):
+                    yield from filter(None, batch["text"])
 
 
 def gather(

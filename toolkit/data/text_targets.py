@@ -248,8 +248,7 @@ def _about(config: TextDataConfig, names: Sequence[str], targets: Mapping[Role, 
         f1 = 2 * sums["test"][often] / (len(targets["test"]) + sums["test"].sum())
         return {
             "samples": {role: _counted(names, found) for role, found in sums.items()},
-            "about": f"{len(names)}, any number of which a text may have; "
-            f"'{names[often]}' for all has micro F1 {f1:.4f}",
+            "about": f"{len(names)}, of which a text may have any number; '{names[often]}' for all: micro F1 {f1:.4f}",
             "constant": {"micro_f1": float(f1)},
             "warnings": [],
         }

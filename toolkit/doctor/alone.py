@@ -9,19 +9,22 @@ import psutil
 
 from toolkit.doctor.compare import check_data
 from toolkit.doctor.findings import Finding, Severity, ok
+from toolkit.doctor.host import check_rendezvous
 from toolkit.doctor.judging import judge_pairs
+from toolkit.doctor.meeting import Place
 from toolkit.doctor.node import Examined, Node
 
 USUAL_PORT = 29500
 """Of `accelerate launch` and torchrun, where nothing else is said."""
 
 
-def examine_alone(node: Node, port: int) -> Examined:
+def examine_alone(node: Node, place: Place, port: int) -> Examined:
     """All checks that need no other node; processes of this one stand for its ranks.
 
     Args:
         node: this machine.
-        port: of the training; 0 for the usual one.
+        place: where ranks would meet; nowhere, where none was named.
+        port: of the training; 0 for that of the place, else the usual one.
     """
     members = max(2, node.devices())
     node.add_members(members)
@@ -29,11 +32,13 @@ def examine_alone(node: Node, port: int) -> Examined:
     asked = {"size": members, "host": "127.0.0.1", "skip": [], "nccl": bool(gpus)}
     measured = node.measure(asked, 0, lambda port: port)
     facts = node.facts()
-    findings = [*map(Finding.read, facts["findings"]), check_port(port or USUAL_PORT, node.name, needed=bool(port))]
+    findings = [check_rendezvous(place.host, 1)] if place.host else []
+    port = port or place.port
+    findings += [*map(Finding.read, facts["findings"]), check_port(port or USUAL_PORT, node.name, needed=bool(port))]
     findings += check_data([node.name], {0: facts})
     figures = {}
     for backend, results in measured.items():
-        if results:
+        if results or backend == "gloo":
             names = [f"GPU {number}" if gpus else f"rank {number}" for number in range(members)]
             findings += judge_pairs(backend, names, *joined(results))
             figures[backend] = joined(results)[0]

@@ -12,6 +12,7 @@ each node is in one pair (the circle method of a tournament), so that no two sha
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -145,7 +146,9 @@ def _slowest(job: _Job, group: Any, seconds: float) -> float:
 
 
 def _brief(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """The first line, without the places in the library's source."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\[/\S+:\d+\]\s*|\$\d+$", "", line)[:300]
 
 
 if __name__ == "__main__":

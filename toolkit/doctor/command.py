@@ -45,7 +45,7 @@ def run(arguments: Namespace) -> int:
     place = _place(arguments)
     port = arguments.port or _number(os.environ.get("MASTER_PORT", ""))
     with Node(recipe, options, place.nodes, Budget(began, arguments.timeout)) as node:
-        examined = examine_alone(node, port) if place.nodes == 1 else examine_together(node, place, port)
+        examined = examine_alone(node, place, port) if place.nodes == 1 else examine_together(node, place, port)
     findings = merged(examined.findings)
     seconds = time.monotonic() - began
     if examined.told_by:
@@ -70,18 +70,17 @@ def _recipe(arguments: Namespace) -> tuple[Path | None, list[str]]:
 
 
 def _place(arguments: Namespace) -> Place:
-    if arguments.nodes == 1:
-        if arguments.rendezvous or arguments.rank:
-            raise ConfigError("--rank and --rendezvous have no effect on one node", "Say how many with --nodes.")
-        return Place(0, 1, "", 0)
-    if arguments.rank is None or not arguments.rendezvous:
+    nodes, rank = arguments.nodes, arguments.rank
+    if nodes > 1 and (rank is None or not arguments.rendezvous):
         raise ConfigError("several nodes need --rank and --rendezvous", "Each runs: --nodes N --rank R --rendezvous …")
-    if arguments.rank >= arguments.nodes:
-        raise ConfigError(f"--rank {arguments.rank} is not below --nodes {arguments.nodes}", "Ranks count from 0.")
+    if (rank or 0) >= nodes:
+        raise ConfigError(f"--rank {rank} is not below --nodes {nodes}", "Ranks count from 0.")
+    if not arguments.rendezvous:
+        return Place(0, 1, "", 0)
     found = re.fullmatch(r"\[?([^\[\]]+?)\]?:(\d{1,5})", arguments.rendezvous)
     if not found or not 0 < int(found[2]) < 65536:
         raise ConfigError(f"--rendezvous {arguments.rendezvous} is not HOST:PORT", "Write it as node1:29400.")
-    return Place(arguments.rank, arguments.nodes, found[1], int(found[2]))
+    return Place(rank or 0, nodes, found[1], int(found[2]))
 
 
 def _count(word: str) -> int:

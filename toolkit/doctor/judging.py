@@ -89,6 +89,8 @@ def judge_pairs(backend: str, names: Sequence[str], told: Mapping[str, Mapping[s
     findings += _located(names, pairs, slow, lambda place, bad: _bandwidth(check, place, bad, rates))
     if whole and "error" in whole and not dead:
         findings.append(_failed(check, backend, "", whole["error"]))
+    if not told and not whole:
+        findings.append(Finding("warning", check, "not measured: no two nodes were ready for it in time"))
     if not findings and rates:
         text = f"{_count(rates)}: {_rate(min(rates.values()))} to {_rate(max(rates.values()))}"
         latency = statistics.median(found["latency"] for found in pairs.values())

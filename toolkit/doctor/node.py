@@ -188,7 +188,12 @@ class Node:
     def _check_torch(self, version: str | None) -> list[Finding]:
         if version:
             return [ok("torch", f"{version} can be imported", self.name)]
-        reason = (self._collectives[0].complaint or "it took too long").splitlines()[-1]
+        if self._collectives[0].running:
+            mend = "See whether the file system of the environment is slow, or the machine busy."
+            return [
+                Finding("warning", "torch", "it was not imported in time", self.name, "all ranks wait for it", mend)
+            ]
+        reason = (self._collectives[0].complaint or "it said nothing").splitlines()[-1]
         mend = "Try `python -c 'import torch'`, and install it anew: pip install -c constraints.txt -e ."
         return [Finding("error", "torch", f"it cannot be imported: {reason}", self.name, "all ranks need it", mend)]
 
@@ -199,12 +204,11 @@ class Node:
         told, reason = self._recipe.found, (self._recipe.complaint or "it said nothing").splitlines()[-1]
         if "hub" in told:
             findings += check_hub(self.name, told["hub"])
-        missing = {"mistake", "settings"}.isdisjoint(told) or {"mistake", "data"}.isdisjoint(told)
-        if missing and ended and "settings" not in told:
-            return {"mistake": f"it cannot be imported: {reason}", "remedy": "See `python RECIPE --help`."}
-        if missing:
-            what = f"{'its data' if 'settings' in told else 'its settings'} could not be looked at in time"
-            what = f"its data could not be looked at: {reason}" if ended else what
+        if {"mistake", "data"}.isdisjoint(told):
+            if ended and "settings" not in told:
+                return {"mistake": f"it cannot be imported: {reason}", "remedy": "See `python RECIPE --help`."}
+            part = "data" if "settings" in told else "settings"
+            what = f"its {part} could not be looked at" + (f": {reason}" if ended else " in time")
             mend = "Give more time with --timeout; see with `toolkit data show RECIPE` how long it takes."
             findings.append(Finding("warning", "recipe", what, self.name, mend=mend))
         kept = ("settings", "digest", "data", "unprepared", "mistake", "remedy")

@@ -117,7 +117,7 @@ def _examine(node: Node, meeting: Meeting, findings: list[Finding]) -> Examined:
         findings += judge_links(names, told)
         figures: dict[str, Any] = {"links": told, "clocks": clocks}
         for backend, results in measured.items():
-            if results:
+            if results or backend == "gloo":
                 findings += judge_pairs(backend, names, *joined(results))
                 figures[backend] = joined(results)[0]
         meeting.exchange([asdict(finding) for finding in findings], budget.left(TELL))

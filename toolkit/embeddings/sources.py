@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from toolkit.config import ModelConfig, VectorsConfig
+from toolkit.data import stream_texts
 from toolkit.embeddings.contexts import Encoder, alone, in_texts
 from toolkit.embeddings.files import SUFFIXES, read_vectors
 from toolkit.embeddings.table import Table
-from toolkit.embeddings.targets import Target, texts_of
+from toolkit.embeddings.targets import Target
 from toolkit.embeddings.words import Piece, fold, parts, pieces_of
 from toolkit.encoders import load_encoder
 from toolkit.errors import ConfigError, DataError
@@ -54,7 +55,7 @@ def vectors_for(
     if config.take == "alone":
         total = len({piece.text for piece in target.pieces if piece.text})
         return alone(encoder, target.pieces, name, on_done)
-    texts = list(texts_of(config.corpus, config.text))
+    texts = list(stream_texts(config.corpus, config.text))
     total = len(texts)
     table = in_texts(encoder, target.tokenizer, texts, occurrences=config.occurrences, name=name, on_done=on_done)
     by_name = {piece.text: row for row, piece in enumerate(table.pieces)}

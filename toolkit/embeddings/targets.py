@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import CorpusConfig, ModelConfig, VocabularyConfig
-from toolkit.data import text_corpus
+from toolkit.config import ModelConfig, VocabularyConfig
+from toolkit.data import stream_texts
 from toolkit.embeddings.words import CHARACTER, Piece, pieces_of, word_tokenizer, words_in
 from toolkit.errors import ConfigError, DataError
 from toolkit.models import load_tokenizer
@@ -50,22 +49,10 @@ def load_target(config: VocabularyConfig) -> Target:
     return _of_words(count_words(config), config, ", ".join(config.texts), True)
 
 
-def texts_of(names: tuple[str, ...], column: str) -> Iterator[str]:
-    """All texts of some sources, without repeats.
-
-    Raises:
-        DataError: they are not there, or malformed.
-    """
-    corpus = text_corpus(CorpusConfig(name=names, text=column))
-    for split in corpus.splits.values():
-        for batch in split.iter(1000):
-            yield from batch["text"]
-
-
 def count_words(config: VocabularyConfig) -> dict[str, int]:
     """The most frequent words, and then the Chinese characters that they consist of."""
     counts: Counter[str] = Counter()
-    for text in texts_of(config.texts, config.text):
+    for text in stream_texts(config.texts, config.text):
         counts.update(words_in(text, config.lowercase, config.words_in == "characters"))
     ranked = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
     chosen = {word: count for word, count in ranked[: config.size] if count >= config.min_count}

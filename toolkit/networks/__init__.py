@@ -9,7 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from toolkit.networks.bag_of_words import BagOfWordsForSequenceClassification
 from toolkit.networks.efficientnet_lite import EfficientNetLiteForImageClassification
@@ -33,6 +38,8 @@ for _network in NETWORKS:
     AutoConfig.register(_network.config_class.model_type, _network.config_class)
     if _network.__name__.endswith("ForImageClassification"):
         AutoModelForImageClassification.register(_network.config_class, _network)
+    if _network.__name__.endswith("ForSequenceClassification"):
+        AutoModelForSequenceClassification.register(_network.config_class, _network)
 
 
 def architecture(name: str) -> Any:

@@ -1,4 +1,5 @@
-"""`toolkit predict`: put texts into classes, or go on with them, with the model that a run has saved.
+"""`toolkit predict`: what the model that a run has saved says of texts and rows: classes, names, answers, numbers; or
+how it goes on with them.
 
 `find_model` checks a run's folder without reading a weight, `read_texts` reads a file, `Classifier` or `Writer` loads
 the model and answers; the command is in `toolkit.predict.command`. The class of a text is that of the recipe's own

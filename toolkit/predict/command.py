@@ -186,10 +186,7 @@ def _inputs_of(arguments: Namespace, kind: Kind) -> tuple[Iterable[Any], int | N
     if arguments.text is not None:
         raise ConfigError(f"--text has no effect on {kind.about}", "Drop it.")
     if kind.reads == "files":
-        files = [Path(name) for name in arguments.texts] or [Path(name) for name in read_texts(arguments.file)]
-        for file in files:
-            if not file.is_file():
-                raise DataError(f"there is no file {file}", f"Relative names are looked for in {Path.cwd()}.")
+        files = _files_of(arguments.texts or read_texts(arguments.file), kind)
         return files, len(files)
     if arguments.file:
         if arguments.file.suffix.lower() == ".txt":
@@ -197,6 +194,22 @@ def _inputs_of(arguments: Namespace, kind: Kind) -> tuple[Iterable[Any], int | N
         return read_rows(arguments.file), sum(1 for _ in read_rows(arguments.file))
     rows = [_row(text) for text in arguments.texts]
     return rows, len(rows)
+
+
+def _files_of(names: Iterable[str], kind: Kind) -> list[Path]:
+    """The files that are named, and in the place of a folder those in it that the model can answer to."""
+    files: list[Path] = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in kind.suffixes)
+            if not inside:
+                raise DataError(f"the folder {path} has no file that {kind.about} reads", "Name the files.")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"there is no file {path}", f"Relative names are looked for in {Path.cwd()}.")
+    return files
 
 
 def _row(text: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Kind:
         tokenizer: whether one lies beside it.
         answerer: `module:Class` of an `Answerer`, imported when it is needed. Classifiers have none: their
             labels and scores have a table of their own.
+        suffixes: of those files that it answers to in a folder.
     """
 
     about: str
@@ -30,6 +31,7 @@ class Kind:
     options: frozenset[str] = frozenset()
     tokenizer: bool = True
     answerer: str = ""
+    suffixes: tuple[str, ...] = ()
 
 
 CLASSIFIER = Kind("a classifier", ("ForSequenceClassification",), options=frozenset({"top", "max_length"}))
@@ -38,6 +40,12 @@ WRITER = Kind(
     ("ForCausalLM", "LMHeadModel"),
     options=frozenset({"tokens", "temperature", "plain"}),
     answerer="toolkit.predict.writer:WriterAnswers",
+)
+SPEECH = Kind(
+    "a model of speech, which writes what is said in files",
+    ("WhisperForConditionalGeneration",),
+    reads="files",
+    answerer="toolkit.predict.speech:SpeechAnswers",
 )
 TAGGER = Kind(
     "a tagger, which marks names in texts",
@@ -87,6 +95,15 @@ ENCODER = Kind(
     options=frozenset({"max_length"}),
     answerer="toolkit.predict.encoder:EncoderAnswers",
 )
+IMAGES = Kind(
+    "a classifier of images",
+    ("ForImageClassification",),
+    reads="files",
+    options=frozenset({"top"}),
+    tokenizer=False,
+    answerer="toolkit.predict.images:ImageAnswers",
+    suffixes=(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+)
 KINDS: tuple[Kind, ...] = (
     CLASSIFIER,
     WRITER,
@@ -95,7 +112,9 @@ KINDS: tuple[Kind, ...] = (
     SCORER,
     TABLE,
     NEXT_ITEM,
+    SPEECH,
     ENCODER,
+    IMAGES,
     TRANSLATOR,  # behind all whose names end as its own do
 )
 """All that are known; of several that a name fits, the first counts."""

@@ -43,6 +43,8 @@ tr.changed td:last-child{font-weight:650;color:var(--series-2)}
 pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
 font:.82rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
 summary{cursor:pointer;font-weight:600}details pre{margin-top:.7rem}ul{margin:.3rem 0;padding-left:1.2rem}
+.gallery{display:flex;flex-wrap:wrap;gap:.9rem}.gallery figure{margin:0;width:8rem}
+.gallery img{image-rendering:pixelated;max-width:100%;display:block;border:1px solid var(--line)}
 """
 _PAGE_COLORS = {**COLORS, "--page": ("#f4f6f8", "#0e1319"), "--bad": ("#c62f2f", "#ff8080")}
 
@@ -54,7 +56,7 @@ def page(title: str, body: str) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escaped(title)}</title>

@@ -18,6 +18,7 @@ from toolkit.report.data_page import stage_cards
 from toolkit.report.elements import bullets, card, escaped, figure, grid, page, readable, section, table
 from toolkit.report.figures import figures_in, titled
 from toolkit.report.folder import RunFolder
+from toolkit.report.gallery import gallery
 from toolkit.report.plots import Plot
 from toolkit.report.step_time import step_time_bar, step_time_rows
 
@@ -144,6 +145,8 @@ def _test_cards(run: _Run) -> Iterable[str]:
     confusion = plots.confusion_plot(test.get("confusion") or [], run.part("labels") or [])
     if confusion:
         yield figure(confusion)
+    if pictures := gallery(run.part("mistakes") or []):
+        yield card(pictures, "card whole")
 
 
 def _training_plots(run: _Run) -> Iterable[Plot]:

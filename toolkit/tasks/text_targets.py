@@ -42,7 +42,7 @@ class MultiLabel(Classification):
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """Summed over the samples."""
         losses = F.binary_cross_entropy_with_logits(outputs.logits.float(), batch.labels, reduction="none")
-        return losses.mean(-1) @ batch.weights
+        return (losses.mean(-1) * batch.weights).sum()
 
     def measure(self, outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """Of each label: samples that rightly have it, that have it, that are said to (3, labels); loss and samples."""
@@ -99,8 +99,8 @@ class Regression(Classification):
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """Squared errors, summed over the samples."""
-        result: torch.Tensor = (outputs.logits.float().squeeze(-1) - batch.labels).square() @ batch.weights
-        return result
+        errors: torch.Tensor = (outputs.logits.float().squeeze(-1) - batch.labels).square()
+        return (errors * batch.weights).sum()
 
     def measure(self, outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """Predictions, numbers and which there are, by id (slots, 3); squared error and number of samples."""

@@ -158,7 +158,19 @@ def test_the_page_needs_neither_network_nor_script(page: str, checked: Checker) 
     assert not {"script", "link", "img", "iframe", "object", "metadata"} & set(checked.tags)
     assert checked.tags.count("style") == 1
     assert not [name for name, _ in checked.attributes if name.startswith("on")]
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in checked.attributes
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in checked.attributes
+
+
+def test_mistakes_are_shown_as_pictures(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    mistake = {"image": "iVBORw0KGgo=", "where": EVIL, "label": EVIL, "predicted": "dog", "score": 0.987}
+    run.write_report(report(LABELS) | {"mistakes": [mistake]})
+    page = write_html(run.path).read_text(encoding="utf-8")
+    checked = Checker(page)
+    assert checked.tags.count("img") == 1
+    assert ("src", "data:image/png;base64,iVBORw0KGgo=") in checked.attributes
+    assert any("taken for dog (99 %)" in text for text in checked.text["figcaption"])
+    assert "<script" not in page
 
 
 def test_what_users_wrote_is_text(page: str, checked: Checker) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +44,9 @@ _FOUND = Features(
         )
     }
 )
-_SEEN = Features(
-    {
-        "fault": Value("string"),
-        "high": Value("uint64"),
-        "low": Value("uint64"),
-        "grey": Value("bool"),
-        "means": Sequence(Value("float64"), 4),
-        "squares": Sequence(Value("float64"), 4),
-    }
-)
+_SEEN = Features({"fault": Value("string"), "high": Value("uint64"), "low": Value("uint64"), "grey": Value("bool")})
+_MEASURED = Features({name: Sequence(Value("float64")) for name in ("means", "squares")})
+_STATISTICS = "statistics.json"
 
 
 @dataclass(frozen=True)
@@ -100,38 +94,62 @@ def image_classification(config: ImageDataConfig, wanted: ImageProcessor) -> Ima
     source = resolve_images(config)
     check_shares(config, source)
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_CONTENT}
-    # Statistics go by side and filter; what the network brings with it is not of the data.
-    name = fingerprint("images", _REVISION, digest_images(source), settings, wanted.size, wanted.edge, wanted.resample)
-    splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, source, wanted))
-    if len(facts["faults"]) > config.max_bad_rows:  # by the bound of an earlier run
-        raise _too_many(facts["faults"], config.max_bad_rows)
-    processor = _settled(wanted, facts)
-    content = fingerprint(name, dataclasses.astuple(processor))
+    name = fingerprint("images", _REVISION, digest_images(source), settings)
+    splits, facts = prepared(name, load_splits, functools.partial(_prepare, config, source))
+    if facts["unfit_dropped"] > config.max_bad_rows:  # by the bound of an earlier run
+        raise _too_many(facts["faults"], facts["unfit_dropped"], config.max_bad_rows)
+    processor = dataclasses.replace(wanted, channels=wanted.channels or facts["channels"])
+    if not processor.mean:
+        processor = _measured(processor, splits["train"], name, config.decode_processes)
     return ImageData(
         **{str(role): rows for role, rows in splits.items()},
         labels=tuple(facts["labels"]),
         processor=processor,
         facts={"source": config.name, **facts},
-        fingerprint=content,
+        fingerprint=fingerprint(name, dataclasses.astuple(processor)),
     )
 
 
-def _settled(wanted: ImageProcessor, facts: Mapping[str, Any]) -> ImageProcessor:
-    """With what the network leaves open: channels, mean and spread of the training images."""
-    channels = wanted.channels or facts["channels"]
-    if wanted.mean:
-        return dataclasses.replace(wanted, channels=channels)
-    mean, std = facts["statistics"][str(channels)]
-    return dataclasses.replace(wanted, channels=channels, mean=tuple(mean), std=tuple(std))
+def _measured(processor: ImageProcessor, train: Dataset, name: str, processes: int | None) -> ImageProcessor:
+    """With mean and spread of the training images as this processor prepares them; measured once, and kept."""
+    what = fingerprint("image statistics", _REVISION, name, dataclasses.astuple(processor))
+    mean, std = prepared(what, _load_statistics, functools.partial(_measure, processor, train, processes))
+    return dataclasses.replace(processor, mean=tuple(mean), std=tuple(std))
 
 
-def _prepare(config: ImageDataConfig, source: Source, wanted: ImageProcessor, result: Path, scratch: Path) -> None:
+def _load_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
+    try:
+        found = json.loads((folder / _STATISTICS).read_text(encoding="utf-8"))
+        return found["mean"], found["std"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _measure(processor: ImageProcessor, train: Dataset, processes: int | None, result: Path, scratch: Path) -> None:
+    """Write mean and spread over all pixels to `result`."""
+    work = functools.partial(_measure_some, processor=processor)
+    rows = _mapped(train.select_columns("image"), work, _MEASURED, processes=processes, scratch=scratch)
+    # All images are of one size: the mean of their means is the mean of all pixels.
+    means, squares = (np.array(rows.column(column).to_pylist()).mean(0).tolist() for column in _MEASURED)
+    mean, std = mean_and_std(means, squares)
+    (result / _STATISTICS).write_text(json.dumps({"mean": mean, "std": std}), encoding="utf-8")
+
+
+def _measure_some(images: list[bytes], *, processor: ImageProcessor) -> dict[str, Any]:
+    values = [processor.pixels(open_image(image)).double() / 255 for image in images]
+    return {
+        "means": [pixels.mean((1, 2)).tolist() for pixels in values],
+        "squares": [pixels.square().mean((1, 2)).tolist() for pixels in values],
+    }
+
+
+def _prepare(config: ImageDataConfig, source: Source, result: Path, scratch: Path) -> None:
     """Write the splits and their facts to `result`."""
     table = _read(config, source, scratch)
-    seen = _look(table, config, wanted, scratch)
+    seen = _look(table, config, scratch)
     fit, faults = _fit(table, seen, config)
     table = table.select(fit)
-    columns = {name: np.asarray(column)[fit] for name, column in seen.items() if name not in ("fault", "labels")}
+    columns = {name: np.asarray(column)[fit] for name, column in seen.items() if name != "fault"}
     roles = np.asarray(table["role"], np.int8)
     given = [ROLES[role] for role in np.unique(roles)]
     cleaned = _clean(table, roles, columns, config)
@@ -151,23 +169,14 @@ def _prepare(config: ImageDataConfig, source: Source, wanted: ImageProcessor, re
         codes = cleaned.codes[rows].astype(np.int64)
         counts = np.bincount(codes, minlength=len(cleaned.labels))
         facts["samples"][name] = dict(zip(cleaned.labels, counts.tolist(), strict=True))
-        kept = table.select(rows).select_columns(["image", "where"])
-        for column, values in (("label", codes), ("length", np.ones_like(codes)), ("id", np.arange(len(rows)))):
-            kept = kept.add_column(column, values)
-        splits[name] = kept
+        splits[name] = table.select(rows).select_columns(["image", "where"])
+        with quiet(bars=False):
+            for column, values in (("label", codes), ("length", np.ones_like(codes)), ("id", np.arange(len(rows)))):
+                splits[name] = splits[name].add_column(column, values)
         if name == "train":
-            facts |= _statistics(columns, rows, config)
+            grey = bool(columns["grey"][rows].all()) if config.channels == "auto" else config.channels == "grey"
+            facts["channels"] = 1 if grey else 3
     save_splits(result, splits, facts)
-
-
-def _statistics(columns: Mapping[str, npt.NDArray[Any]], rows: npt.NDArray[np.int64], config: ImageDataConfig) -> Any:
-    """Of the training images alone, for each number of channels that a network may ask for."""
-    means, squares = (columns[name][rows].mean(0).tolist() for name in ("means", "squares"))
-    grey = bool(columns["grey"][rows].all()) if config.channels == "auto" else config.channels == "grey"
-    return {
-        "channels": 1 if grey else 3,
-        "statistics": {"1": mean_and_std(means[:1], squares[:1]), "3": mean_and_std(means[1:], squares[1:])},
-    }
 
 
 def _read(config: ImageDataConfig, source: Source, scratch: Path) -> Dataset:
@@ -198,41 +207,48 @@ def _rows(places: list[tuple[Role, Place]], image: str, label: str) -> Iterator[
             }
 
 
-def _look(table: Dataset, config: ImageDataConfig, wanted: ImageProcessor, scratch: Path) -> dict[str, Any]:
-    """Decode each image once: whether it is fit, what its pixels are, and their mean and mean square."""
-    count = process_count(len(table), config.decode_processes)
+def _look(table: Dataset, config: ImageDataConfig, scratch: Path) -> dict[str, Any]:
+    """Decode each image once: whether it is fit, what its pixels are, and whether they are grey."""
+    work = functools.partial(_look_at, min_side=config.min_side)
+    seen = _mapped(
+        table.select_columns(["image", "fault"]), work, _SEEN, processes=config.decode_processes, scratch=scratch
+    )
+    numbers = {name: seen.column(name).to_numpy() for name in ("high", "low", "grey")}
+    return {"fault": seen.column("fault").to_pylist(), **numbers}
+
+
+def _mapped(table: Dataset, work: Any, features: Features, *, processes: int | None, scratch: Path) -> pa.Table:
+    """What `work` makes of the columns of a table, in as many processes as it is worth."""
+    count = process_count(len(table), processes)
     with quiet(bars=len(table) >= ROWS_FOR_A_BAR):
-        seen = table.map(
-            functools.partial(_look_at, min_side=config.min_side, wanted=wanted),
+        rows = table.map(
+            work,
             batched=True,
             batch_size=100,
-            input_columns=["image", "fault"],
+            input_columns=table.column_names,
             remove_columns=table.column_names,
-            features=_SEEN,
+            features=features,
             num_proc=count if count > 1 else None,
             new_fingerprint="seen",
             cache_file_name=str(scratch / "seen.arrow"),
             load_from_cache_file=False,
             desc="Looking at the images",
         )
-    columns = seen.with_format("arrow")[:]
-    found: dict[str, Any] = {name: columns.column(name).to_numpy() for name in ("high", "low", "grey")}
-    found |= {name: np.array(columns.column(name).to_pylist()) for name in ("means", "squares")}
-    return {"fault": columns.column("fault").to_pylist(), **found}
+        return rows.with_format("arrow")[:]
 
 
-def _look_at(images: list[bytes], faults: list[str | None], *, min_side: int, wanted: ImageProcessor) -> dict[str, Any]:
-    rows = [_look_at_one(image, fault, min_side, wanted) for image, fault in zip(images, faults, strict=True)]
-    columns = {name: [row[name] for row in rows] for name in _SEEN}
+def _look_at(images: list[bytes], faults: list[str | None], *, min_side: int) -> dict[str, Any]:
+    rows = [_look_at_one(image, fault, min_side) for image, fault in zip(images, faults, strict=True)]
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in _SEEN}
     # As an array: a list of numbers would be taken for signed ones.
     return columns | {name: np.array(columns[name], np.uint64) for name in ("high", "low")}
 
 
-def _look_at_one(data: bytes, fault: str | None, min_side: int, wanted: ImageProcessor) -> dict[str, Any]:
-    row: dict[str, Any] = {"fault": fault, "high": 0, "low": 0, "grey": True, "means": [0.0] * 4, "squares": [0.0] * 4}
+def _look_at_one(data: bytes, fault: str | None, min_side: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"fault": fault, "high": 0, "low": 0, "grey": True}
+    if fault is not None:
+        return row
     try:
-        if fault is not None:
-            return row
         image = open_image(data, min_side)
     except Unfit as reason:
         return row | {"fault": str(reason)}
@@ -241,13 +257,7 @@ def _look_at_one(data: bytes, fault: str | None, min_side: int, wanted: ImagePro
     # The same picture in another kind of file is the same picture.
     key = hashlib.blake2b(flat.tobytes() + repr(flat.size).encode(), digest_size=16).digest()
     high, low = np.frombuffer(key, "<u8").tolist()
-    means: list[float] = []
-    squares: list[float] = []
-    for channels in (1, 3):
-        values = wanted.pixels(image, channels).double() / 255
-        means += values.mean((1, 2)).tolist()
-        squares += values.square().mean((1, 2)).tolist()
-    return {"fault": None, "high": high, "low": low, "grey": grey, "means": means, "squares": squares}
+    return row | {"high": high, "low": low, "grey": grey}
 
 
 def _fit(table: Dataset, seen: Mapping[str, Any], config: ImageDataConfig) -> tuple[npt.NDArray[np.int64], list[str]]:
@@ -256,13 +266,17 @@ def _fit(table: Dataset, seen: Mapping[str, Any], config: ImageDataConfig) -> tu
     places = table.select(unfit)["where"] if unfit else []
     faults = [f"{where}, because {seen['fault'][row]}" for where, row in zip(places, unfit, strict=True)]
     if len(faults) > config.max_bad_rows or len(faults) == len(table):
-        raise _too_many(faults, config.max_bad_rows) if faults else DataError("there is no image", "Give some.")
+        raise (
+            _too_many(faults, len(faults), config.max_bad_rows)
+            if faults
+            else DataError("there is no image", "Give some.")
+        )
     return np.setdiff1d(np.arange(len(table)), np.array(unfit, np.int64)), faults
 
 
-def _too_many(faults: list[str], most: int) -> DataError:
+def _too_many(faults: list[str], count: int, most: int) -> DataError:
     return DataError(
-        f"{len(faults):,} images cannot be learnt from, as {'; '.join(faults[:5])}",
+        f"{count:,} images cannot be learnt from, as {'; '.join(faults[:5])}",
         f"Mend or remove them, or raise --data.max_bad_rows above {most}.",
     )
 

@@ -93,6 +93,16 @@ class ImageProcessor:
         Path(folder, FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def load_processor(folder: Path) -> ImageProcessor:
+    """The one that lies beside a model.
+
+    Raises:
+        OSError, ValueError: there is none that can be read.
+        ModelError: it asks for something that is not done here.
+    """
+    return read_processor(json.loads((folder / FILE).read_text(encoding="utf-8")), str(folder / FILE))
+
+
 def read_processor(content: Mapping[str, Any], where: str) -> ImageProcessor:
     """What a `preprocessor_config.json` says.
 

@@ -1,0 +1,114 @@
+"""A saved classifier of images that answers. Imports torch and transformers, which takes seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.data.images import ImageProcessor, load_processor, open_image
+from toolkit.data.rows import Unfit
+from toolkit.errors import ConfigError, DataError, ModelError, NumericsError
+from toolkit.folders import refuse_strays
+from toolkit.networks import architecture
+from toolkit.predict.kinds import Answer
+from toolkit.predict.saved import SavedModel, first_line
+
+
+class ImageAnswers:
+    """A saved classifier of images, ready to answer in fp32; images are prepared as in its training, and not varied.
+
+    Args:
+        saved: from `find_model`.
+        device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
+        top: give so many labels, the likeliest first.
+
+    Raises:
+        ConfigError: there is no such device, or fewer labels.
+        ModelError: the files are damaged, or do not say how images are prepared.
+    """
+
+    def __init__(self, saved: SavedModel, *, device: str = "auto", top: int = 1) -> None:
+        gpu = torch.cuda.is_available()
+        if device == "cuda" and not gpu:
+            raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
+        self._device = "cuda" if gpu and device != "cpu" else "cpu"
+        self._processor, model = _load(saved.folder)
+        self._model = model.to(self._device).eval()
+        self._labels = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+        if top > len(self._labels):
+            raise ConfigError(f"--top {top}: the model has {len(self._labels)} labels", "Ask for fewer.")
+        self._top = top
+
+    def stream(self, inputs: Iterable[Path], *, batch: int) -> Iterator[list[Answer]]:
+        """The labels of each file.
+
+        Raises:
+            DataError: a file is no image that can be read.
+            NumericsError: the model's answer is not finite.
+        """
+        rest = iter(inputs)
+        while window := list(islice(rest, batch)):
+            yield self._answers(window)
+
+    def _answers(self, files: Sequence[Path]) -> list[Answer]:
+        pixels = torch.stack([self._read(file) for file in files])
+        with torch.inference_mode():
+            found = self._model(pixel_values=pixels.to(self._device)).logits.float().softmax(-1)
+        if not torch.isfinite(found).all():
+            raise NumericsError(
+                "the model's answer is not finite", "Its weights are damaged, or its training diverged: see its report."
+            )
+        scores, labels = found.topk(self._top)
+        return [
+            self._answer(file, [(self._labels[label], score) for label, score in zip(*ranked, strict=True)])
+            for file, *ranked in zip(files, labels.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _read(self, file: Path) -> torch.Tensor:
+        try:
+            return self._processor.normalise(self._processor.pixels(open_image(file.read_bytes())))
+        except Unfit as reason:
+            raise DataError(f"{file} cannot be answered: {reason}", "Leave it out.") from None
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}", "Check its permissions.") from error
+
+    def _answer(self, file: Path, ranked: Sequence[tuple[str, float]]) -> Answer:
+        (label, score), *_ = ranked
+        shown = f"{file}: " + ", ".join(f"{name} {value:.4f}" for name, value in ranked)
+        fields: dict[str, Any] = {"file": str(file), "label": label, "score": float(f"{score:.6g}")}
+        for rank, (name, value) in enumerate(ranked[1:], start=2):
+            fields |= {f"label_{rank}": name, f"score_{rank}": float(f"{value:.6g}")}
+        return Answer(shown, fields)
+
+
+def _load(folder: Path) -> tuple[ImageProcessor, Any]:
+    """Processor and model in `folder`: never from a hub, never with its own code, never a pickle."""
+    try:
+        refuse_strays(folder)
+        processor = load_processor(folder)
+        kind = architecture(json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0])
+        model, report = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
+        raise ModelError(
+            f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"the model in {folder} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …)",
+            "Copy it again, or train again.",
+        )
+    return processor, model

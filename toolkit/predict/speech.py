@@ -1,0 +1,113 @@
+"""A saved model of speech that writes what is said in files. Imports torch and transformers, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from toolkit.adapters import FILE, in_place, load_adapted
+from toolkit.data.audio import RATE, Samples, read_audio
+from toolkit.data.rows import Unfit
+from toolkit.errors import ConfigError, DataError, ModelError
+from toolkit.folders import refuse_strays
+from toolkit.predict.kinds import Answer
+from toolkit.predict.saved import SavedModel, first_line
+
+_STEP = RATE // 50
+
+
+class SpeechAnswers:
+    """A saved Whisper model as `toolkit predict` asks it, in fp32; it takes the likeliest token each time.
+
+    Args:
+        saved: from `find_model`.
+        device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+        ModelError: the files are damaged.
+    """
+
+    def __init__(self, saved: SavedModel, *, device: str = "auto") -> None:
+        gpu = torch.cuda.is_available()
+        if device == "cuda" and not gpu:
+            raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
+        self._processor, model = _load(saved.folder)
+        self._model = model.to("cuda" if gpu and device != "cpu" else "cpu").eval()
+        self._window: int = self._processor.feature_extractor.n_samples
+
+    def stream(self, inputs: Iterable[Path], *, batch: int) -> Iterator[list[Answer]]:
+        """What is said in each file. One that is longer than the model's window is cut where it is quietest."""
+        files = iter(inputs)
+        while window := list(islice(files, batch)):
+            pieces = [cut(_heard(file), self._window) for file in window]
+            texts = self._write([piece for found in pieces for piece in found], batch)
+            rest = iter(texts)
+            yield [
+                Answer(f"{file}\n{text}", {"file": str(file), "text": text})
+                for file, found in zip(window, pieces, strict=True)
+                for text in [" ".join(filter(None, islice(rest, len(found))))]
+            ]
+
+    def _write(self, pieces: Sequence[Samples], batch: int) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(pieces), batch):
+            heard = [piece.astype(np.float32) / 32768 for piece in pieces[start : start + batch]]
+            features = self._processor.feature_extractor(heard, sampling_rate=RATE, return_tensors="pt").input_features
+            with torch.inference_mode():
+                found = self._model.generate(features.to(self._model.device), do_sample=False, num_beams=1)
+            texts += [text.strip() for text in self._processor.batch_decode(found, skip_special_tokens=True)]
+        return texts
+
+
+def cut(heard: Samples, window: int) -> list[Samples]:
+    """Pieces of at most `window` samples, each cut where its last third is quietest, for 20 ms."""
+    pieces = []
+    while len(heard) > window:
+        first = window - window // 3
+        steps = heard[first:window][: window // 3 // _STEP * _STEP].astype(np.float32).reshape(-1, _STEP)
+        end = first + int(np.square(steps).sum(1).argmin()) * _STEP + _STEP // 2
+        pieces.append(heard[:end])
+        heard = heard[end:]
+    return [*pieces, heard]
+
+
+def _heard(file: Path) -> Samples:
+    try:
+        return read_audio(file)
+    except Unfit as reason:
+        said = str(reason).replace("their recording", "the recording")
+        raise DataError(f"{file}: {said}", "Give recordings as WAV, FLAC, OGG or MP3.") from None
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """Processor and model in `folder`: never from a hub, never with its own code, never a pickle."""
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        refuse_strays(folder)
+        processor = transformers.AutoProcessor.from_pretrained(folder, **options)
+        if (folder / FILE).is_file():  # an adapter, whose base comes from where the run had it from
+            model, lacking = in_place(load_adapted(folder)), []
+        else:
+            model, report = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+            )
+            lacking = sorted(report["missing_keys"])
+    except ModelError:
+        raise
+    except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
+        raise ModelError(
+            f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
+        ) from error
+    if lacking:
+        raise ModelError(
+            f"the model in {folder} lacks {len(lacking)} of its weights ({', '.join(lacking[:3])} …)",
+            "Copy it again, or train again.",
+        )
+    return processor, model
