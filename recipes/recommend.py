@@ -35,8 +35,8 @@ class Config:
 
     model: NextItemNetworkConfig = NextItemNetworkConfig()
     data: EventsConfig = EventsConfig()
-    train: TrainConfig = TrainConfig(epochs=40, global_batch=64, eval_batch=256)
-    optim: OptimConfig = OptimConfig(lr=2e-3, schedule="cosine", weight_decay=0.01)
+    train: TrainConfig = TrainConfig(epochs=20, global_batch=64, eval_batch=256)
+    optim: OptimConfig = OptimConfig(lr=3e-3, schedule="cosine", weight_decay=0.01)
     precision: Precision = "fp32"
     """Number format of forward and backward. In another, scores of many items round to the same, and their ranks are
     worse for it."""

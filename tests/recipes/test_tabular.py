@@ -134,7 +134,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(job: list[str], tmp_
         (["--train.label_smoothing", "0.1"], "--train.label_smoothing has no effect on the task TableRegression"),
         (["--model.heads", "2"], "--model.heads has no effect on --model.architecture mlp"),
         (["--run.show", "2"], "--run.show has no effect on the recipe tabular"),
-        (["--data.numeric", "town"], "'town' is 'Ahlen', not a number"),
+        (["--data.numeric", "town"], "column 'town' is to be a number in each row, and no word of it is one"),
     ],
 )
 def test_what_is_refused(options: list[str], said: str, job: list[str], tmp_path: Path) -> None:

@@ -274,6 +274,11 @@ def _numbers(name: str, kind: Kind, coded: Coded, config: TableConfig, facts: di
     """Those of a column that are not the same in all rows."""
     found = []
     all_values = _values(kind, coded)
+    if coded.words and np.isnan(all_values).all():
+        raise ConfigError(
+            f"column '{name}' is to be {what(kind)} in each row, and no word of it is one: {coded.words[0]!r:.40}",
+            "Give it another kind, or let it be found: see --help for --data.numeric and its neighbours.",
+        )
     for part, word in enumerate(parts(kind)):
         values = all_values[:, part]
         there = values[~np.isnan(values)]
