@@ -40,8 +40,9 @@ def status(argv: Sequence[str]) -> int:
     run = _run(parser.parse_args(argv).run)
     states = _states(run)
     blocks = [list(_lines(run / state.index if state.index else run, state)) for state in states]
-    if not states:
-        blocks = [[("job", f"{_job(run)}: SLURM has forgotten it, so it has ended some time ago"), *_progress(run)]]
+    for task in _forgotten(run, states):
+        fact = f"{_job(run)}: it has ended some time ago, and SLURM has forgotten it"
+        blocks.append([("run", os.path.relpath(task)), ("job", fact), *_progress(task)])
     print("\n\n".join("\n".join(f"{name:11} {text}" for name, text in block) for block in blocks))
     return int(any(state.ended and state.state != "COMPLETED" for state in states))
 
@@ -155,6 +156,15 @@ def _job(run: Path) -> str:
 
 def _states(run: Path) -> list[JobState]:
     return job_states(_job(run))
+
+
+def _forgotten(run: Path, states: Sequence[JobState]) -> list[Path]:
+    """Folders of a job, or of tasks of an array, that SLURM no longer speaks of: it does for some minutes."""
+    known = {state.index for state in states}
+    if any(index and not index.isdecimal() for index in known):  # as 0-3: tasks that wait
+        return []
+    tasks = sorted(path for path in run.iterdir() if path.name.isdecimal() and path.name not in known)
+    return tasks or ([] if states else [run])
 
 
 def _ask_to_end(run: Path, state: JobState) -> str:

@@ -96,7 +96,7 @@ def render(job: JobScript) -> str:
         UserError: a value that cannot stand in a script.
     """
     devices = f"{job.gpus} GPUs" if job.gpus else f"{job.processes} CPU processes"
-    each = f", each of the array {job.array}" if job.array else ""
+    each = f"; an array of runs, {job.array}" if job.array else ""
     values = {
         "title": f"{job.name}: {Path(job.recipe[0]).stem} on {job.nodes} nodes with {devices} each{each}.",
         "script": shlex.quote(str(job.script)),

@@ -55,6 +55,8 @@ SlurmdTimeout=8
 MessageTimeout=5
 TCPTimeout=2
 KillWait=5
+# So long it speaks of jobs that have ended.
+MinJobAge=3600
 ReturnToService=2
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 GresTypes=gpu

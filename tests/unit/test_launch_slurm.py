@@ -314,6 +314,18 @@ def test_a_folder_without_a_job(command: str, launch: Call, tmp_path: Path) -> N
     assert "is not the number of a job" in launch("run", command=command)[2]
 
 
+def test_tasks_that_slurm_has_forgotten(tmp_path: Path) -> None:
+    def known(*indices: str) -> list[slurm_client.JobState]:
+        return [slurm_client.JobState({"JobId": "1", "ArrayTaskId": index}) for index in indices]
+
+    assert jobs._forgotten(tmp_path, []) == [tmp_path]
+    assert jobs._forgotten(tmp_path, known("")) == []
+    for name in ("0", "1", "slurm"):
+        (tmp_path / name).mkdir()
+    assert jobs._forgotten(tmp_path, known("1")) == [tmp_path / "0"]
+    assert jobs._forgotten(tmp_path, known("0-1")) == []
+
+
 def test_the_lines_of_a_log() -> None:
     texts = {"0: [rank 3] step 1": ("0", "3"), "12: W1128 torch": ("12", None), " 3: x": ("3", None)}
     for text, expected in texts.items():
