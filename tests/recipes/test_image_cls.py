@@ -42,6 +42,11 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return metrics, json.loads((folder / "report.json").read_text())
 
 
+def unframed(text: str) -> str:
+    """What a framed message says, on one line."""
+    return " ".join(text.replace("│", " ").split())
+
+
 def run(ranks: int, options: list[str], cwd: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     cwd.mkdir(exist_ok=True)
     code, text = on_ranks(recipe, ranks, options, str(cwd), None, "image_cls")[0]
@@ -123,7 +128,7 @@ def test_what_is_left_behind(
     assert [answer["file"] for answer in answers] == [*map(str, sorted((folder / "1").iterdir())), "zero.webp"]
     for answer in answers[::13]:
         pixels = processor(Image.open(answer["file"]).convert("L"), return_tensors="pt")["pixel_values"]
-        scores = model(pixels).logits.softmax(-1)[0]
+        scores = model(pixels).logits.detach().softmax(-1)[0]
         assert answer["label"] == model.config.id2label[int(scores.argmax())]
         assert answer["score"] == pytest.approx(float(scores.max()), abs=1e-4)
         assert answer["label_2"] != answer["label"]
@@ -139,7 +144,7 @@ def test_what_is_left_behind(
 
     (tmp_path / "broken.png").write_bytes(png(Image.new("L", (20, 20)))[:40])
     assert toolkit(["predict", "run", "broken.png"]) == 2
-    assert "broken.png cannot be answered: it is damaged" in " ".join(capsys.readouterr().err.split())
+    assert "broken.png cannot be answered" in unframed(capsys.readouterr().err)
     (tmp_path / "nothing").mkdir()
     assert toolkit(["predict", "run", "nothing"]) == 2
 
@@ -157,4 +162,4 @@ def test_what_is_left_behind(
 def test_what_is_refused(options: list[str], said: str, job: list[str], tmp_path: Path) -> None:
     code, text = on_ranks(recipe, 1, [*job, *options], str(tmp_path), None, "image_cls")[0]
     assert code == 2, text
-    assert said in " ".join(text.split())
+    assert said in unframed(text)
