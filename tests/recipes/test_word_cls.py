@@ -16,7 +16,7 @@ from toolkit.cli import main as toolkit
 from toolkit.embeddings import load_embedding
 from toolkit.networks.bag_of_words import BagOfWordsConfig, BagOfWordsForSequenceClassification
 
-STEPS = 6
+STEPS = 16
 CASES = [
     pytest.param(strategy, marks=() if strategy in ("ddp", "fsdp") else pytest.mark.slow)
     for strategy in ("ddp", "fsdp", "zero2", "zero3")
@@ -68,7 +68,7 @@ def job(matrix: Path, texts_csv: Path) -> list[str]:
     return [
         *("--model.name", str(matrix), "--model.hidden_size", "8", "--model.dropout", "0"),
         *("--data.name", str(texts_csv), "--train.global_batch", "12", "--train.steps", str(STEPS)),
-        *("--optim.lr", "1e-2", "--run.dir", "run"),
+        *("--optim.lr", "2e-2", "--run.dir", "run"),
     ]
 
 
