@@ -156,7 +156,12 @@ def _check_shares(config: SourcesConfig, places: Mapping[Role, Sequence[Place]])
 def _find(name: str, role: Role, texts_in: Any) -> Place:
     key = "--data.name" if role == "train" else f"--data.{role}"
     if name.startswith("sample:"):
-        return sample_parts(name)["train"]
+        if "train" not in (parts := sample_parts(name)):
+            raise DataError(
+                f"{key} {name} is a model, not data",
+                f"Data: {', '.join(f'sample:{known}' for known in samples.names('data'))}.",
+            )
+        return parts["train"]
     name = collected(name)
     if texts_in is None and (parallel := find_parallel(name, key)):
         return parallel
