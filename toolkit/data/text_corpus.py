@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 
+from toolkit import samples
 from toolkit.config import CorpusConfig, SourcesConfig
 from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Roles, drop_leaks, drop_repeats, group_texts, key_texts
 from toolkit.data.collect import collected
