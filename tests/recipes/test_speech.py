@@ -213,7 +213,7 @@ def test_bad_recordings_are_named(job: list[str], there: Path, tmp_path: Path) -
         (["--data.max_seconds", "3"], "the model hears 2 seconds at a time"),
         (["--data.language", "zh"], "--data.language has no effect"),
         (["--model.name", "sample:minilm"], "no tokenizer and feature extractor of speech could be loaded"),
-        (["--data.name", "sample:whisper-tiny-en"], "no data"),
+        (["--data.name", "sample:whisper-tiny-en"], "is a model, not data"),
         (["--run.show", "1"], "--run.show has no effect"),
     ],
 )

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 
+from toolkit import samples
 from toolkit.config import CorpusConfig, SourcesConfig
 from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Roles, drop_leaks, drop_repeats, group_texts, key_texts
 from toolkit.data.collect import collected
@@ -176,7 +177,12 @@ def _check_shares(config: SourcesConfig, places: Mapping[Role, Sequence[Place]])
 def _find(name: str, role: Role, texts_in: Any) -> Place:
     key = "--data.name" if role == "train" else f"--data.{role}"
     if name.startswith("sample:"):
-        return sample_parts(name)["train"]
+        if "train" not in (parts := sample_parts(name)):
+            raise DataError(
+                f"{key} {name} is a model, not data",
+                f"Data: {', '.join(f'sample:{known}' for known in samples.names('data'))}.",
+            )
+        return parts["train"]
     name = collected(name)
     if texts_in is None and (parallel := find_parallel(name, key)):
         return parallel
