@@ -208,13 +208,16 @@ def test_an_array_of_seeds(submit: Submit, job: list[str], reference: Reference)
     runs = submit(["--processes", "1", "--array", "1-3"], job)
     runs.until(lambda: last_step(runs.run / "3") >= 5)
     runs.cluster.call("scancel", "--batch", "--signal=USR1", f"{runs.id}_3")
-    runs.until(lambda: len(list(runs.run.glob("*/report.html"))) == 3, 150)
+
+    def ends() -> dict[str, list[str]]:
+        return {seed: [attempt.status for attempt in Attempts(runs.run / seed).read()] for seed in ("1", "2", "3")}
+
+    runs.until(lambda: all(statuses[-1:] == ["finished"] for statuses in ends().values()), 200)
     for seed in ("1", "2", "3"):
         assert report(runs.run / seed)["status"] == "finished"
         assert curve(runs.run / seed) == curve(reference([*job, "--run.seed", seed], 1))
     assert len({str(curve(runs.run / seed)) for seed in ("1", "2", "3")}) == 3
-    ends = {seed: [attempt.status for attempt in Attempts(runs.run / seed).read()] for seed in ("1", "2", "3")}
-    assert ends == {"1": ["finished"], "2": ["finished"], "3": ["interrupted", "finished"]}
+    assert ends() == {"1": ["finished"], "2": ["finished"], "3": ["interrupted", "finished"]}
     runs.until(lambda: "running" not in runs.launch("status", str(runs.run)), 30)
     assert runs.launch("status", str(runs.run)).count(": completed") == 3
     assert "has ended already" in runs.launch("stop", str(runs.run))
