@@ -7,11 +7,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from toolkit.config import Normalisation
 from toolkit.errors import ConfigError
 from toolkit.requirements import optional
+
+if TYPE_CHECKING:  # the settings take a while to import, and mistakes are to be told before
+    from toolkit.config import Normalisation
 
 _ORDER: tuple[Normalisation, ...] = ("html", "nfkc", "halfwidth", "control", "simplified", "traditional", "spaces")
 """In which they are applied, in whatever order they are asked for: what one leaves, the next may have to mend."""

@@ -69,7 +69,7 @@ def test_it_learns_and_predicts_what_was_tested(
     _, report = read(tmp_path / "run")
     assert report["before"]["rouge1"] < 0.1
     assert report["test"]["rouge1"] > 0.6
-    assert report["beside"]["lead sentence"]["rouge1"] < 0.1  # which is English
+    assert report["baselines"]["lead sentence"]["rouge1"] < 0.1  # which is English
     for said in ("ROUGE-L", "lead sentence", "wanted:"):
         assert said in shown
     tested = [line for line in report["texts"] if line["step"] == 120]

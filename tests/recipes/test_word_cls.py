@@ -86,18 +86,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(job: list[str], alone: Path) -> Path:
     if not (alone / "run").exists():
         shown = run("word_cls", 1, job, alone)
-        assert "beside it, on the same test" in shown
+        assert "on the same held-out samples" in shown
     return alone / "run"
 
 
 def test_transferred_vectors_beside_random_ones(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, report = read(reference)
-    beside = report["beside"]
-    assert beside["transferred"]["accuracy"] == report["test"]["accuracy"]
-    assert beside["transferred"]["accuracy"] > beside["random"]["accuracy"] + 0.1
-    gain = beside["transferred"]["accuracy"] - beside["random"]["accuracy"]
-    assert beside["gain"]["accuracy"] == pytest.approx(gain)
-    assert beside["random"]["units"] == report["test"]["units"] == 24
+    random, transferred = report["baselines"]["random vectors"], report["test"]
+    assert transferred["accuracy"] > random["accuracy"] + 0.1
+    assert report["gain"] == pytest.approx(transferred["accuracy"] - random["accuracy"])
+    assert random["units"] == transferred["units"] == 24
     assert toolkit(["predict", str(reference), "the goal of the striker", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == "sport"
 
@@ -109,9 +107,10 @@ def test_the_same_numbers_everywhere(strategy: str, job: list[str], reference: P
     metrics, report = read(tmp_path / "run")
     for figure in ("loss", "grad_norm"):
         assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in expected], rel=1e-5)
-    for name in ("random", "transferred"):
-        for figure in ("loss", "accuracy", "units"):
-            assert report["beside"][name][figure] == pytest.approx(expected_report["beside"][name][figure], rel=1e-5)
+    for figure in ("loss", "accuracy", "units"):
+        assert report["test"][figure] == pytest.approx(expected_report["test"][figure], rel=1e-5)
+        random, expected_random = (each["baselines"]["random vectors"] for each in (report, expected_report))
+        assert random[figure] == pytest.approx(expected_random[figure], rel=1e-5)
 
 
 def test_frozen_vectors_stay(job: list[str], matrix: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from transformers import (
     RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
-    ViTConfig,
+    TimesFmConfig,
 )
 
 from tests.ranks import on_ranks
@@ -383,8 +383,8 @@ def test_every_text_model_can_be_proved(name: str, tmp_path: Path) -> None:
 
 
 def test_what_reads_no_text_has_no_probe() -> None:
-    with pytest.raises(CheckpointError, match="a vit reads no tokens"):
-        probe_batch(ViTConfig())
+    with pytest.raises(CheckpointError, match="a timesfm reads no tokens"):
+        probe_batch(TimesFmConfig())
 
 
 # The model's description

@@ -99,7 +99,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["pedict", "run"],
-            "there is no command 'pedict'. Did you mean 'predict'? → Commands: checkpoint, data, gguf, matrix, merge,",
+            "there is no command 'pedict'. Did you mean 'predict'? → Commands: checkpoint, data, doctor, gguf, matrix,",
         ),
         (["checkpoint", "lss", "run"], "there is no command 'lss'. Did you mean 'ls'? → Commands: ls,"),
         (["checkpoint", "--jsn"], "unrecognized arguments: --jsn. → See `toolkit checkpoint --help`"),

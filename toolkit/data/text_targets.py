@@ -86,6 +86,7 @@ def labelled_texts(config: TextDataConfig, tokenizer: Any) -> TextClassification
         **_about(config, names, targets),
         "truncated": found.facts["cut"],
         "token_lengths": found.facts["token_lengths"],
+        "stages": found.facts["stages"],
     }
     facts["warnings"] = [*warnings, *found.facts["warnings"], *facts["warnings"]]
     name = fingerprint(found.fingerprint, config.validation_samples, config.test_samples)
