@@ -96,7 +96,7 @@ def test_it_learns_and_predicts_what_was_tested(
         assert said in shown
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Written for samples of the test" in page
-    assert "Beside it, on the same test" in page
+    assert "On the same samples" in page
 
     tested = [line for line in report["texts"] if line["step"] == 200]
     capsys.readouterr()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 
 from tests.ranks import on_ranks
 from tests.recipes.conftest import COMMON, WORDS
-from tests.recipes.launching import recipe
+from tests.recipes.launching import RECIPE, recipe
 from toolkit.cli import main as toolkit
 from toolkit.embeddings import load_embedding
 from toolkit.networks.bag_of_words import BagOfWordsConfig, BagOfWordsForSequenceClassification
@@ -143,9 +147,23 @@ def test_what_is_refused(options: list[str], said: str, there: Path) -> None:
     assert "Traceback" not in shown
 
 
-def test_several_processes_are_refused(there: Path) -> None:
-    shown = run("embedding_matrix", 2, ["--matrix.output", str(there / "two")], there, code=2)
-    assert "2 processes were started for what one of them does" in shown
+def script(file: Path, options: list[str]) -> tuple[int, str]:
+    """A file as python runs it, in this process (a forked one): exit code and what it printed as an error."""
+    sys.argv = [str(file), *options]
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text):
+        try:
+            runpy.run_path(str(file), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0), text.getvalue()
+    return 0, text.getvalue()
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    found = on_ranks(script, 2, RECIPE.with_stem("embedding_matrix"), ["--matrix.output", str(tmp_path / "two")])
+    for code, text in found:
+        assert code == 2
+        assert "2 processes were started for what one of them does" in " ".join(text.replace("│", " ").split())
 
 
 def test_a_folder_that_is_no_matrix(job: list[str], matrix: Path, tmp_path: Path) -> None:

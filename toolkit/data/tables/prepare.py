@@ -28,7 +28,7 @@ from toolkit.data.tables.reading import RawTable, digest_of, find_tables, read_t
 from toolkit.data.tables.target import TargetScale, fit_scale
 from toolkit.errors import DataError
 
-_REVISION = 2
+_REVISION = 3
 """To be raised with every change of this package that changes its result: older caches are then not used."""
 _NOT_CONTENT = ("name", "validation", "test", "workers")
 _FEW_CLASSES = 20
