@@ -24,7 +24,7 @@ def config(tmp_path: Path) -> TextPairsConfig:
 
 def test_pairs_as_tokens_of_one_vocabulary(config: TextPairsConfig) -> None:
     corpus = text_pairs(config)
-    tokenizer = pairs_tokenizer(EncoderDecoderConfig(), TokenizerConfig(vocabulary=300), corpus)
+    tokenizer = pairs_tokenizer(EncoderDecoderConfig(), TokenizerConfig(vocabulary=400), corpus)
     data = encode_pairs(config, corpus, tokenizer)
     assert sum(map(len, (data.train, data.validation, data.test))) == 240
     row = data.train[0]
