@@ -11,9 +11,10 @@ import transformers
 
 from toolkit.data.tokenize import encode
 from toolkit.encoders import drop_pooler
-from toolkit.errors import ConfigError, DataError, ModelError
+from toolkit.errors import DataError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.predict.kinds import Answer
+from toolkit.predict.loading import choose_device
 from toolkit.predict.saved import SavedModel, first_line
 from toolkit.tasks.contrast import embed
 
@@ -36,9 +37,7 @@ class EncoderAnswers:
     """
 
     def __init__(self, saved: SavedModel, *, device: str = "auto", max_length: int | None = None) -> None:
-        gpu = torch.cuda.is_available()
-        if device == "cuda" and not gpu:
-            raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
+        place = choose_device(device)
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             refuse_strays(saved.folder)
@@ -57,7 +56,7 @@ class EncoderAnswers:
                 'Write "pooling": "mean" (or "cls") into it, as its model was trained.',
             )
         self._max_length = max_length or saved.max_length or min(self._tokenizer.model_max_length, 512)
-        self._model = drop_pooler(model).to("cuda" if gpu and device != "cpu" else "cpu").eval()
+        self._model = drop_pooler(model).to(place).eval()
 
     def stream(self, inputs: Iterable[str], *, batch: int) -> Iterator[list[Answer]]:
         """Vectors of length 1, and their cosines with that of the first text."""

@@ -13,6 +13,7 @@ from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.compute import remove_padding
 from toolkit.errors import ConfigError, ModelError, NumericsError
 from toolkit.folders import refuse_strays
+from toolkit.predict.loading import choose_device
 from toolkit.predict.saved import SavedModel, first_line
 
 _FALLBACK_LENGTH = 512
@@ -38,10 +39,7 @@ class Encoder:
     """
 
     def __init__(self, saved: SavedModel, head: Any, *, device: str = "auto", max_length: int | None = None) -> None:
-        gpu = torch.cuda.is_available()
-        if device == "cuda" and not gpu:
-            raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
-        self._device = "cuda" if gpu and device != "cpu" else "cpu"
+        self._device = choose_device(device)
         self.tokenizer, model = _load(saved.folder, head)
         remove_padding(model)
         self._model = model.to(self._device).eval()

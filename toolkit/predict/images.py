@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,8 +13,8 @@ from toolkit.data.images import ImageProcessor, load_processor, open_image
 from toolkit.data.rows import Unfit
 from toolkit.errors import ConfigError, DataError, ModelError, NumericsError
 from toolkit.folders import refuse_strays
-from toolkit.networks import architecture
 from toolkit.predict.kinds import Answer
+from toolkit.predict.loading import choose_device, load_network
 from toolkit.predict.saved import SavedModel, first_line
 
 
@@ -33,10 +32,7 @@ class ImageAnswers:
     """
 
     def __init__(self, saved: SavedModel, *, device: str = "auto", top: int = 1) -> None:
-        gpu = torch.cuda.is_available()
-        if device == "cuda" and not gpu:
-            raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
-        self._device = "cuda" if gpu and device != "cpu" else "cpu"
+        self._device = choose_device(device)
         self._processor, model = _load(saved.folder)
         self._model = model.to(self._device).eval()
         self._labels = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
@@ -91,24 +87,10 @@ def _load(folder: Path) -> tuple[ImageProcessor, Any]:
     try:
         refuse_strays(folder)
         processor = load_processor(folder)
-        kind = architecture(json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0])
-        model, report = kind.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
     except ModelError:
         raise
     except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
         raise ModelError(
             f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
         ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"the model in {folder} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …)",
-            "Copy it again, or train again.",
-        )
-    return processor, model
+    return processor, load_network(folder)

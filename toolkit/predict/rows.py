@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -13,11 +12,10 @@ import torch
 
 from toolkit.data.tables import Catalogue, Preprocessor
 from toolkit.data.tables.reading import word
-from toolkit.errors import ConfigError, DataError, ModelError, NumericsError, nearest
-from toolkit.folders import refuse_strays
-from toolkit.networks import architecture
+from toolkit.errors import ConfigError, DataError, NumericsError, nearest
 from toolkit.predict.kinds import Answer
-from toolkit.predict.saved import SavedModel, first_line
+from toolkit.predict.loading import choose_device, load_network
+from toolkit.predict.saved import SavedModel
 
 Row = Mapping[str, Any]
 
@@ -38,7 +36,8 @@ class TableAnswers:
             told = f"the model has {len(labels)} classes" if labels else "the model predicts a measurement, no class"
             raise ConfigError(f"--top {top}: {told}", "Ask for fewer." if labels else "Drop it.")
         self._top = top
-        self._model = load_network(saved.folder, device)
+        place = choose_device(device)
+        self._model = load_network(saved.folder).to(place).eval()
 
     def stream(self, inputs: Iterable[Row], *, batch: int) -> Iterator[list[Answer]]:
         """The target of each row."""
@@ -86,7 +85,8 @@ class NextItemAnswers:
             raise ConfigError(f"--top {top}: there are {len(self._catalogue.items)} items", "Ask for fewer.")
         self._numbers = {item: number for number, item in enumerate(self._catalogue.items, start=1)}
         self._top = top
-        self._model = load_network(saved.folder, device)
+        place = choose_device(device)
+        self._model = load_network(saved.folder).to(place).eval()
 
     def stream(self, inputs: Iterable[Row], *, batch: int) -> Iterator[list[Answer]]:
         """The likeliest next items of each history."""
@@ -140,41 +140,6 @@ class NextItemAnswers:
             for one in found
         )
         return Answer(shown, {"items": found})
-
-
-def load_network(folder: Path, device: str) -> Any:
-    """A network of this toolkit, in fp32, ready to answer.
-
-    Raises:
-        ConfigError: there is no such device.
-        ModelError: the files are damaged.
-    """
-    gpu = torch.cuda.is_available()
-    if device == "cuda" and not gpu:
-        raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
-    try:
-        refuse_strays(folder)
-        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-        model, report = architecture(name).from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except ModelError:
-        raise
-    except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
-        raise ModelError(
-            f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
-        ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"the model in {folder} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …)",
-            "Copy it again, or train again.",
-        )
-    return model.to("cuda" if gpu and device != "cpu" else "cpu").eval()
 
 
 def _column(rows: Sequence[Row], name: str, begin: int) -> list[str | None]:

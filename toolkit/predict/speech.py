@@ -14,9 +14,10 @@ import transformers
 from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.data.audio import RATE, Samples, read_audio
 from toolkit.data.rows import Unfit
-from toolkit.errors import ConfigError, DataError, ModelError
+from toolkit.errors import DataError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.predict.kinds import Answer
+from toolkit.predict.loading import choose_device
 from toolkit.predict.saved import SavedModel, first_line
 
 _STEP = RATE // 50
@@ -35,11 +36,9 @@ class SpeechAnswers:
     """
 
     def __init__(self, saved: SavedModel, *, device: str = "auto") -> None:
-        gpu = torch.cuda.is_available()
-        if device == "cuda" and not gpu:
-            raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
+        place = choose_device(device)
         self._processor, model = _load(saved.folder)
-        self._model = model.to("cuda" if gpu and device != "cpu" else "cpu").eval()
+        self._model = model.to(place).eval()
         self._window: int = self._processor.feature_extractor.n_samples
 
     def stream(self, inputs: Iterable[Path], *, batch: int) -> Iterator[list[Answer]]:

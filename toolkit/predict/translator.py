@@ -13,9 +13,10 @@ import transformers
 from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.compute import remove_padding
 from toolkit.data.text_pairs import source_tokens
-from toolkit.errors import ConfigError, ModelError
+from toolkit.errors import ModelError
 from toolkit.folders import refuse_strays
 from toolkit.predict.kinds import Answer
+from toolkit.predict.loading import choose_device
 from toolkit.predict.saved import SavedModel, first_line
 from toolkit.tasks.seq2seq import padded
 
@@ -39,12 +40,10 @@ class Translator:
     def __init__(
         self, saved: SavedModel, *, device: str = "auto", tokens: int | None = None, max_length: int | None = None
     ) -> None:
-        gpu = torch.cuda.is_available()
-        if device == "cuda" and not gpu:
-            raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
+        place = choose_device(device)
         model, self._tokenizer = _load(saved.folder)
         remove_padding(model)
-        self._model = model.to("cuda" if gpu and device != "cpu" else "cpu").eval()
+        self._model = model.to(place).eval()
         self._options = {} if tokens is None else {"max_new_tokens": tokens}
         self._room = max_length or saved.max_length or _FALLBACK_LENGTH
         self._prefix = str(saved.data.get("prefix", ""))

@@ -19,6 +19,7 @@ from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
 from toolkit.generation import beginning
 from toolkit.predict.kinds import Answer
+from toolkit.predict.loading import choose_device
 from toolkit.predict.saved import SavedModel, first_line
 
 _FALLBACK_LENGTH = 512
@@ -78,9 +79,7 @@ class Writer:
     """
 
     def __init__(self, saved: SavedModel, *, device: str = "auto", plain: bool = False) -> None:
-        gpu = torch.cuda.is_available()
-        if device == "cuda" and not gpu:
-            raise ConfigError("--device cuda: there is no GPU that torch could use here", "Use --device cpu.")
+        place = choose_device(device)
         self._model, self._tokenizer = load_saved(saved.folder)
         chat = bool(getattr(self._tokenizer, "chat_template", None))
         if plain and not chat:
@@ -91,7 +90,7 @@ class Writer:
         if self.answers and asked is not None:  # a chat model that was taught to do one thing with each text
             self._encode = partial(source_tokens, room=saved.max_length or _FALLBACK_LENGTH, asked=asked)
         self._ends = {self._tokenizer.eos_token_id, *([answer_end(self._tokenizer)] if self.answers else [])}
-        self._model.to("cuda" if gpu and device != "cpu" else "cpu").eval()
+        self._model.to(place).eval()
 
     def stream(
         self, texts: Iterable[str], *, batch: int = 8, tokens: int = 100, temperature: float = 0.7, seed: int = 0
