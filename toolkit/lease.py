@@ -108,7 +108,8 @@ def take(run: Path, job: Job) -> Lease:
     try:
         folder.mkdir(exist_ok=True)
         number = newest_lease(run) + 1
-        while not _created(folder / f"{number:08d}.json", holder):
+        # Another may take this one, or a higher one and remove this one, at the same moment.
+        while not _created(folder / f"{number:08d}.json", holder) or newest_lease(run) > number:
             number += 1
         for path in folder.iterdir():
             if path.stem.isdecimal() and int(path.stem) < number:

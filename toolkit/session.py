@@ -827,12 +827,12 @@ class Session:
         path, job = open_folder(self.recipe, self._run), Job.read()
         break_lock(path, job)
         self._lock = lock(path)
-        lease = take(path, job)
-        folder = RunFolder(path, lease.check)
         if not self._run.known:
-            refuse_begun(folder)
+            refuse_begun(RunFolder(path))
+        lease = take(path, job)
+        if not self._run.known:
             # Before all else: what a kill leaves from here on is a run to go on with.
-            folder.write_config(to_yaml(self.config))
+            RunFolder(path, lease.check).write_config(to_yaml(self.config))
         return path, lease.number
 
     def _write_manifest(self, data_fingerprint: str) -> None:

@@ -60,11 +60,17 @@ def spring(trap: Trap, options: Sequence[str], run: Path, ranks: int = 1) -> End
 
 
 def contents(folder: Path) -> dict[str, tuple[int, str]]:
-    """Time and digest of each file, without the lock."""
+    """Time and digest of each file, without the lock and the lease.
+
+    A start copies what is appended to, so that no former holder of the lease has it open: its time does not count.
+    """
     return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns if path.suffix != ".jsonl" or path.parent != folder else 0,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.name != ".lock" and path.parent.name != ".lease"
     }
 
 

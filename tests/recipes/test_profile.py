@@ -19,7 +19,7 @@ import toolkit.session
 from recipes import bert_cls
 from tests.ranks import on_ranks
 from tests.recipes.launching import ROOT, environment, recipe, start
-from toolkit.tasks import Batch, Classification
+from toolkit.tasks import Batch, Classification, text_targets
 
 PHASES = {f"toolkit::{name}" for name in ("step", "data", "forward", "backward", "update", "log", "checkpoint")}
 SLOW = 0.1
@@ -61,12 +61,12 @@ class _SlowOnOne(_SlowTask):
 
 
 def slow_loader(config: Any) -> None:
-    bert_cls.Classification = _SlowTask  # type: ignore[misc]
+    text_targets.Classification = _SlowTask  # type: ignore[misc]
     bert_cls.main(config)
 
 
 def slow_loader_on_one(config: Any) -> None:
-    bert_cls.Classification = _SlowOnOne  # type: ignore[misc]
+    text_targets.Classification = _SlowOnOne  # type: ignore[misc]
     bert_cls.main(config)
 
 

@@ -57,4 +57,4 @@ def test_the_table_of_commands() -> None:
     assert "\n  run " in done.stdout
     unknown = subprocess.run([sys.executable, "-m", "launch", "rnu"], cwd=ROOT, capture_output=True, text=True)
     assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert "'config', 'run'" in unknown.stderr
+    assert "'config', 'local'" in unknown.stderr

@@ -45,8 +45,9 @@ def test_an_answer_holds_for_a_while(tmp_path: Path) -> None:
 def test_takers_at_the_same_moment(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         leases = list(pool.map(lambda number: take(tmp_path, Job(str(number))), range(40)))
-    assert sorted(lease.number for lease in leases) == list(range(1, 41))
-    assert newest_lease(tmp_path) == 40
+    numbers = sorted(lease.number for lease in leases)
+    assert len(set(numbers)) == 40
+    assert newest_lease(tmp_path) == numbers[-1]
 
 
 @pytest.mark.parametrize(
