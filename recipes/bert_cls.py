@@ -61,9 +61,17 @@ def main(config: Config) -> None:
         model = load_classifier(config.model, data.labels, seed=config.run.seed, problem=problem)
         model = add_adapter(model, config.adapter, seed=config.run.seed, low_bit=session.low_bit)
         limits = input_limits(model, config.data.max_length)
-        pairs = config.data.text_pair is not None
-        augment = text_augmentation(config.augment, tokenizer, seed=config.run.seed, limits=limits, pairs=pairs)
-        task = text_task(config.data.target, data, tokenizer, config.train.label_smoothing, augment=augment, **limits)
+        vary = text_augmentation(
+            config.augment,
+            tokenizer,
+            data.train,
+            seed=config.run.seed,
+            limits=limits,
+            classes=len(data.labels) if config.data.target == "class" else 0,
+            steps=config.data.normalise,
+            pairs=config.data.text_pair is not None,
+        )
+        task = text_task(config.data.target, data, tokenizer, config.train.label_smoothing, **vary, **limits)
 
         options = {"workers": config.data.workers, "max_bad_rows": config.data.max_bad_rows, "width": width(model)}
         train, validation, test = session.loaders(task, data.train, data.validation, data.test, **options)

@@ -247,6 +247,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "report": Command("make a run's report.html again and print its path", _report_arguments, _report),
     "samples": Command("list the models and data that need no hub, or fetch one", _samples_arguments, _samples),
+    "serve": _of_module("let the model of a run answer over HTTP", "toolkit.serve.command"),
 }
 """Every sub-command by name."""
 

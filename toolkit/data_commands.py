@@ -30,7 +30,13 @@ def _show(arguments: Namespace) -> int:
 
 _SUMMARY = "show training samples as the model would see them: what is learnt, given, padding"
 _PREPARE = "collect, clean and split rows into files, with a page that says what was taken out and why"
+_BACK = "write training texts in other words: translated to another language and back"
 COMMANDS = {
+    "back-translate": (
+        _BACK,
+        lambda parser: importlib.import_module("toolkit.back_translation").add_arguments(parser),
+        lambda arguments: int(importlib.import_module("toolkit.back_translation").run(arguments)),
+    ),
     "prepare": (
         _PREPARE,
         lambda parser: importlib.import_module("toolkit.prepare").add_arguments(parser),

@@ -107,6 +107,37 @@ def test_it_learns_and_predicts_what_was_tested(
     assert capsys.readouterr().out.startswith("the cat\n")
 
 
+def test_texts_there_and_back(alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer of one model is the question to the other, and goes to the file where it is another text."""
+    texts = ["the cat", "one and two", "the cat sees", "three"]
+    (tmp_path / "texts.csv").write_text("id,said\n" + "".join(f"{at},{text}\n" for at, text in enumerate(texts)))
+    command = ["data", "back-translate", str(tmp_path / "texts.csv"), str(alone), str(alone), "--text", "said"]
+    assert toolkit([*command, str(tmp_path / "back.jsonl"), "--batch", "3"]) == 0
+    assert "of 4 texts in other words" in capsys.readouterr().err
+    found = [json.loads(line) for line in (tmp_path / "back.jsonl").read_text().splitlines()]
+
+    def written(some: list[str]) -> list[str]:
+        assert toolkit(["predict", str(alone), "--json", *some]) == 0
+        return [json.loads(line)["written"] for line in capsys.readouterr().out.splitlines()]
+
+    there = written(texts)
+    back = iter(written([text for text in there if text]))
+    other = [next(back) if text else "" for text in there]
+    assert found == [
+        {"text": text, "paraphrase": one} for text, one in zip(texts, other, strict=True) if one not in ("", text)
+    ]
+    assert toolkit([*command, str(tmp_path / "back.csv")]) == 0
+    assert (tmp_path / "back.csv").read_text().startswith("text,paraphrase\n")
+    for changed, message in (
+        ([*command, str(tmp_path / "back.csv")], "back.csv is there already"),
+        ([*command, str(tmp_path / "none" / "back.csv")], "lies in no folder"),
+        ([*command, str(tmp_path / "back.txt")], "no type that can be written"),
+        ([*command[:3], str(tmp_path / "none"), *command[4:], str(tmp_path / "b.csv")], "is not there"),
+    ):
+        assert toolkit(changed) == 2
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_from_there_an_adapter_goes_on(job: list[str], alone: Path, tmp_path: Path) -> None:
     """A folder with an encoder–decoder is what `--model.name` takes, with its tokenizer."""
     sizes = job.index("--model.layers")

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Spread = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,11 @@ class TextAugmentConfig:
     """Probability that a word of `synonyms` is replaced by another of its line."""
     synonyms: Path | None = None
     """Text file of words of one meaning, a group a line, with commas or tabs between them."""
+    paraphrase: Share = 0.0
+    """Probability that a text is replaced by one of its `paraphrases`."""
+    paraphrases: Path | None = None
+    """File (JSONL, CSV, TSV) with other wordings of training texts, in columns `text` and `paraphrase`; of its own
+    translations `toolkit data back-translate` makes one."""
+    mixup: Spread = 0.0
+    """Let each text begin with its own tokens and end with those of another one, and mix the labels as much, by a share
+    from Beta(a, a) with this a (0.2 is usual). 0 does not."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.predict.prediction import Prediction
 from toolkit.predict.saved import SavedModel, find_model
-from toolkit.predict.texts import read_texts
+from toolkit.text_files import read_texts
 
 if TYPE_CHECKING:
     from toolkit.predict.classifier import Classifier

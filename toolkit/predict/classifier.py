@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from toolkit.data.tokenize import encode, encode_pairs
-from toolkit.errors import DataError, ModelError
+from toolkit.errors import ConfigError, DataError, ModelError
 from toolkit.predict.encoders import Encoder
 from toolkit.predict.prediction import Prediction
 from toolkit.predict.saved import SavedModel
@@ -53,6 +53,11 @@ class Classifier:
         least = 1 if self.problem else 2
         if len(set(self.labels)) < max(least, len(self.labels)):
             raise ModelError(f"{saved.folder}: its labels are {', '.join(self.labels)}; it takes two, and no two alike")
+
+    def check_top(self, top: int | None) -> None:
+        """Raises ConfigError where there are fewer labels."""
+        if (top or 1) > len(self.labels):
+            raise ConfigError(f"--top {top}: the model has {len(self.labels)} labels", "Ask for fewer.")
 
     def stream(
         self, texts: Iterable[Text], *, batch: int = 32, on_batch: Callable[[int], None] = lambda texts: None

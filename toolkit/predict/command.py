@@ -15,12 +15,12 @@ from typing import Any
 from toolkit import predict
 from toolkit.errors import ConfigError, DataError
 from toolkit.normalise import normalise_row
-from toolkit.predict.kinds import Kind, check_options, load_answerer
+from toolkit.predict.kinds import CLASSIFIER, Kind, check_options, load_answerer
 from toolkit.predict.output import open_sink, progress_bar, shown
 from toolkit.predict.saved import SavedModel, find_model
-from toolkit.predict.texts import FILE_TYPES, checked, read_rows, read_texts, text_lines
 from toolkit.report import Console
 from toolkit.requirements import check_versions
+from toolkit.text_files import FILE_TYPES, checked, read_rows, read_texts, text_lines
 
 _OF_SOME_KINDS = ("top", "max_length", "tokens", "temperature", "plain")
 
@@ -43,9 +43,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--text", metavar="COLUMN", help="column of the texts in --file (default: text)")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line, with all probabilities")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to a .csv or .jsonl file")
-    parser.add_argument("--top", type=_count, metavar="K", help="give the K most likely labels (default: 1; JSON: all)")
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """The options of how a model answers."""
+    parser.add_argument("--top", type=count, metavar="K", help="give the K most likely labels (default: 1; JSON: all)")
     parser.add_argument(
-        "--tokens", type=_count, metavar="N", help="write N tokens at most (a language model: 100; else as in the run)"
+        "--tokens", type=count, metavar="N", help="write N tokens at most (a language model: 100; else as in the run)"
     )
     parser.add_argument(
         "--temperature",
@@ -56,10 +61,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--plain", action="store_true", help="let a chat model go on with the text, instead of answering it"
     )
-    parser.add_argument("--batch", type=_count, metavar="N", default=32, help="texts of one forward pass (default: 32)")
+    parser.add_argument("--batch", type=count, metavar="N", default=32, help="texts of one forward pass (default: 32)")
     parser.add_argument(
         "--max-length",
-        type=_count,
+        type=count,
         metavar="N",
         help="cut texts to N tokens (default: as the run did, data.max_length)",
     )
@@ -77,19 +82,17 @@ def run(arguments: Namespace) -> int:
     _check_options(arguments)
     saved = find_model(Path(arguments.run))
     check_versions()
-    options = {name: getattr(arguments, name) for name in _OF_SOME_KINDS}
-    options = {name: value for name, value in options.items() if value is not None and value is not False}
+    options = given_options(arguments)
     check_options(saved.kind, options)
     inputs, total = _inputs_of(arguments, saved.kind)
     if saved.normalise:
         inputs = (normalise_row(one, saved.normalise) for one in inputs)
-    _silence_libraries()
-    if saved.kind.answerer:
+    silence_libraries()
+    if saved.kind is not CLASSIFIER:
         return _answer(arguments, saved, inputs, options)
     # Through the package, which imports torch at this name and not before.
     classifier = predict.Classifier(saved, device=arguments.device, max_length=arguments.max_length)
-    if (arguments.top or 1) > len(classifier.labels):
-        raise ConfigError(f"--top {arguments.top}: the model has {len(classifier.labels)} labels", "Ask for fewer.")
+    classifier.check_top(arguments.top)
     notes = Console(out=sys.stderr)
     if saved.status not in ("", "finished"):
         notes.warn(f"the run ended early ({saved.status}): this is the model as it was then")
@@ -151,6 +154,12 @@ def _answer(arguments: Namespace, saved: SavedModel, inputs: Iterable[Any], opti
 def _cell(value: Any) -> Any:
     """What is no word or number, as JSON."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+def given_options(arguments: Namespace) -> dict[str, Any]:
+    """Those of `add_model_arguments` that only some kinds read, as far as they were given."""
+    found = {name: getattr(arguments, name) for name in _OF_SOME_KINDS}
+    return {name: value for name, value in found.items() if value is not None and value is not False}
 
 
 def _check_options(arguments: Namespace) -> None:
@@ -236,7 +245,8 @@ def _texts_of(arguments: Namespace) -> tuple[Iterable[str], int | None]:
     return texts, len(texts)
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
+    """Their warnings and bars are of no use to who asks a model."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -253,7 +263,8 @@ def _degrees(word: str) -> float:
     return value
 
 
-def _count(word: str) -> int:
+def count(word: str) -> int:
+    """A number of things on the command line."""
     if not word.isdecimal() or not int(word):
         raise ArgumentTypeError(f"{word!r} is not a whole number above 0")
     return int(word)

@@ -17,24 +17,29 @@ class Kind:
     Attributes:
         about: what it is, for people: "a classifier".
         architectures: how the names of its classes end.
+        answerer: `module:Class` of an `Answerer`, imported when it is needed. On the command line classifiers have
+            a table of their own.
         reads: what it answers to: texts, files (images, recordings), or rows of named values.
         options: those of the command that only some kinds read, and this one does.
         tokenizer: whether one lies beside it.
-        answerer: `module:Class` of an `Answerer`, imported when it is needed. Classifiers have none: their
-            labels and scores have a table of their own.
         suffixes: of those files that it answers to in a folder.
     """
 
     about: str
     architectures: tuple[str, ...]
+    answerer: str
     reads: Literal["texts", "files", "rows"] = "texts"
     options: frozenset[str] = frozenset()
     tokenizer: bool = True
-    answerer: str = ""
     suffixes: tuple[str, ...] = ()
 
 
-CLASSIFIER = Kind("a classifier", ("ForSequenceClassification",), options=frozenset({"top", "max_length"}))
+CLASSIFIER = Kind(
+    "a classifier",
+    ("ForSequenceClassification",),
+    options=frozenset({"top", "max_length"}),
+    answerer="toolkit.predict.scorer:Scorer",
+)
 WRITER = Kind(
     "a language model, which goes on with texts",
     ("ForCausalLM", "LMHeadModel"),

@@ -15,8 +15,8 @@ from toolkit.errors import DataError
 from toolkit.predict.encoders import Encoder
 from toolkit.predict.kinds import Answer
 from toolkit.predict.saved import SavedModel
-from toolkit.predict.texts import of_row
 from toolkit.tasks.question_answering import best_spans
+from toolkit.text_files import of_row
 
 _STRIDE, _LONGEST = 64, 30
 

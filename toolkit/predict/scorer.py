@@ -1,4 +1,4 @@
-"""A saved classifier of more than one class a text: several labels, numbers, or pairs of texts."""
+"""A saved classifier of texts that answers: with a class, several labels, or a number; of texts, or of pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from toolkit.predict.classifier import Classifier, Text
 from toolkit.predict.kinds import Answer
 from toolkit.predict.prediction import Prediction
 from toolkit.predict.saved import SavedModel
-from toolkit.predict.texts import of_row
+from toolkit.text_files import of_row
 
 THRESHOLD = 0.5
 """Of the probability from which on a text has a label, as in the recipe's evaluation."""
@@ -22,14 +22,19 @@ class Scorer:
         saved: from `find_model`. Rows of pairs have the columns of its run.
         device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
         max_length: tokens to which a text, or a pair, is cut; by default as in the run.
+        top: of classes, how many have their score told (default: all).
 
     Raises:
-        ConfigError: there is no such device, or the length is out of the model's range.
+        ConfigError: there is no such device, the length is out of the model's range, or there are fewer classes.
         ModelError: the files are damaged, or hold no classifier.
     """
 
-    def __init__(self, saved: SavedModel, *, device: str = "auto", max_length: int | None = None) -> None:
+    def __init__(
+        self, saved: SavedModel, *, device: str = "auto", max_length: int | None = None, top: int | None = None
+    ) -> None:
         self._classifier = Classifier(saved, device=device, max_length=max_length)
+        self._classifier.check_top(top)
+        self._top = top
         pair = saved.data.get("text_pair")
         self._columns = [str(saved.data.get("text", "text")), str(pair)] if pair else []
 
@@ -46,7 +51,7 @@ class Scorer:
         return first, second
 
     def _answer(self, found: Prediction) -> Answer:
-        scores = {label: float(f"{score:.6g}") for label, score in found.scores.items()}
+        scores = {label: float(f"{score:.6g}") for label, score in found.top(self._top)}
         given: dict[str, Any] = {"text": found.text}
         if self._columns:
             given = dict(zip(self._columns, (found.text, found.pair), strict=True))

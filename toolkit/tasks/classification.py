@@ -24,6 +24,8 @@ class Classification(Task):
         vocabulary: number of token ids that the model has an embedding for; by default those of the tokenizer.
         positions: tokens of the longest sample that the model takes; by default any number.
         augment: varies the tokens of a training sample, given the epoch and the sample's id.
+        mixup: in the place of that, does it and mixes the sample with another one: given its label too, it gives the
+            tokens and a label of real numbers, of classes the share of each.
     """
 
     unit = "samples"
@@ -41,8 +43,10 @@ class Classification(Task):
         vocabulary: int | None = None,
         positions: int | None = None,
         augment: Callable[[Sequence[int], int, int], list[int]] | None = None,
+        mixup: Callable[[Sequence[int], Any, int, int], tuple[list[int], Any]] | None = None,
     ) -> None:
         self.augment = augment
+        self.mixup = mixup
         self.labels = tuple(labels)
         self.tokenizer = tokenizer
         self.label_smoothing = label_smoothing
@@ -51,15 +55,20 @@ class Classification(Task):
         self.positions = positions
 
     def collate(self, rows: Mapping[str, Sequence[Any]], empty: bool) -> Batch:
-        """Pad on the tokenizer's side: `input_ids`, `attention_mask`, of pairs `token_type_ids` (B, L), labels (B,)."""
+        """Pad on the tokenizer's side: `input_ids`, `attention_mask`, of pairs `token_type_ids` (B, L); labels (B,), or
+        (B, classes) where texts are mixed.
+        """
         columns = {name: list(rows[name]) for name in ("input_ids", "token_type_ids") if name in rows}
-        if self.augment and "epoch" in rows:
+        labels, targets, size = rows["label"], self.targets, len(rows["label"])
+        if self.mixup and "epoch" in rows:
+            mixed = list(map(self.mixup, columns["input_ids"], labels, rows["epoch"], rows["id"]))
+            columns["input_ids"], labels, targets = [one[0] for one in mixed], [one[1] for one in mixed], torch.float32
+        elif self.augment and "epoch" in rows:
             columns["input_ids"] = list(map(self.augment, columns["input_ids"], rows["epoch"], rows["id"]))
         inputs = self.tokenizer.pad(columns, return_tensors="pt")
-        size = len(rows["label"])
         return Batch(
             inputs={name: inputs[name] for name in (*columns, "attention_mask")},
-            labels=torch.tensor(rows["label"], dtype=self.targets),
+            labels=torch.tensor(labels, dtype=targets),
             weights=torch.zeros(size) if empty else torch.ones(size),
             ids=[] if empty else list(rows["id"]),
         )
@@ -90,8 +99,12 @@ class Classification(Task):
         return ""
 
     def title(self, batch: Batch, row: int) -> str:
-        """The class."""
-        return f"label: {self.labels[int(batch.labels[row])]}"
+        """The class, or the share of each."""
+        label = batch.labels[row]
+        if not label.ndim:
+            return f"label: {self.labels[int(label)]}"
+        shares = zip(self.labels, label.tolist(), strict=True)
+        return "label: " + " + ".join(f"{share:.2f} {name}" for name, share in shares if share)
 
     def units(self, batch: Batch) -> int:
         """Samples that count."""

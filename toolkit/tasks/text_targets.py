@@ -36,7 +36,8 @@ class MultiLabel(Classification):
 
     def title(self, batch: Batch, row: int) -> str:
         """The labels."""
-        there = [name for name, mark in zip(self.labels, batch.labels[row].tolist(), strict=True) if mark]
+        marks = zip(self.labels, batch.labels[row].tolist(), strict=True)
+        there = [name if mark == 1 else f"{mark:.2f} {name}" for name, mark in marks if mark]
         return f"labels: {', '.join(there) or 'none'}"
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
@@ -140,7 +141,7 @@ def text_task(target: str, data: TextClassification, tokenizer: Any, smoothing: 
         data: with its labels.
         tokenizer: pads the samples.
         smoothing: of the labels, which only classes have.
-        limits: of the model.
+        limits: of the model; and what varies training texts.
     """
     if target == "labels":
         return MultiLabel(data.labels, tokenizer, **limits)
