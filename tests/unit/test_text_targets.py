@@ -121,6 +121,26 @@ def test_numbers_and_what_their_mean_reaches(write: Any) -> None:
     assert any("learnt slowly" in warning for warning in large.facts["warnings"])
 
 
+def test_folds_and_form_of_numbers(write: Any) -> None:
+    """Each text is tested once, and read in the form that was asked for."""
+    tested = []
+    for fold in range(4):
+        config = write([0.1 * number for number in range(40)], target="number", folds=4, fold=fold)
+        data = labelled_texts(config, tiny_tokenizer())
+        assert (len(data.train), len(data.validation), len(data.test)) == (27, 3, 10)
+        tested += [round(10 * number) for number in data.test["label"]]
+    assert sorted(tested) == list(range(40))
+    wide = [{"text": f"ｗ{number + 10}", "label": 0.1 * number} for number in range(40)]
+    file = Path(config.name)
+    file.write_text("".join(json.dumps(row) + "\n" for row in wide), encoding="utf-8")
+    options: dict[str, Any] = {"name": str(file), "target": "number", "tokenize_processes": 1}
+    unknown = tiny_tokenizer().unk_token_id
+    as_they_are = labelled_texts(TextDataConfig(**options), tiny_tokenizer())
+    assert all(unknown in ids for ids in as_they_are.train["input_ids"])
+    narrow = labelled_texts(TextDataConfig(**options, normalise=("nfkc",)), tiny_tokenizer())
+    assert not any(unknown in ids for ids in narrow.train["input_ids"])
+
+
 def test_pairs_are_read_together(write: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(fetch("minilm"))
     data = labelled_texts(write([f"class {n % 2}" for n in range(40)], text_pair="second"), tokenizer)
@@ -137,6 +157,8 @@ def test_pairs_are_read_together(write: Any) -> None:
     ("labels", "settings", "error", "message"),
     [
         (["a", "b"] * 20, {"separator": ";"}, ConfigError, "--data.separator has no effect with --data.target class"),
+        (["a", "b"] * 20, {"text_pair": "second", "group": "text"}, ConfigError, "--data.group text .*no effect"),
+        ([1.5, 2.5] * 20, {"target": "number", "group": "second"}, ConfigError, "--data.group second has no effect"),
         (["a", "b"] * 20, {"text_pair": "text"}, ConfigError, "names the column 'text' as another setting does"),
         (["a", "b"] * 99, {"target": "number"}, DataError, "(?s)row 1 of .*texts.jsonl, because .*'a' is no number"),
         ([1.5, None] * 101, {"target": "number"}, DataError, "row 2 of .*label None is no number"),

@@ -81,6 +81,9 @@ class TextDataConfig:
     target: Literal["class", "labels", "number"] = "class"
     """What is to be said of a text: one of several classes; any of several labels (a list, or words with `separator`
     between); or a number (regression)."""
+    group: str | None = None
+    """Column of what must not be parted by a split, as an author or a patient: all of its rows are trained on, or none.
+    The split is then not stratified."""
     separator: str | None = None
     """What stands between labels that are no list (default a comma)."""
     validation: str | None = None

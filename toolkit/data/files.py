@@ -83,11 +83,13 @@ class Labelled:
         texts: one column, `text`: string or null.
         labels: strings or nulls, as many.
         begins: for messages, (first row, name) of each file among these rows.
+        groups: strings or nulls, as many; None where they were not asked for.
     """
 
     texts: Dataset
     labels: pa.ChunkedArray
     begins: tuple[tuple[int, str], ...]
+    groups: pa.ChunkedArray | None = None
 
 
 def kind_of(path: Path, *, plain: bool = False) -> Kind | None:
@@ -106,7 +108,7 @@ def kind_of(path: Path, *, plain: bool = False) -> Kind | None:
     return None if zipped and kind == "parquet" else kind
 
 
-def read_part(part: Part, text: str, label: str | None, scratch: Path) -> Iterator[Labelled]:
+def read_part(part: Part, text: str, label: str | None, scratch: Path, group: str | None = None) -> Iterator[Labelled]:
     """The files of a split, one after the other (text files all at once).
 
     Args:
@@ -114,38 +116,43 @@ def read_part(part: Part, text: str, label: str | None, scratch: Path) -> Iterat
         text: column of the texts.
         label: column of the labels; None where the texts have none.
         scratch: folder for the Arrow files behind the result.
+        group: column of what keeps rows together, beside labels.
 
     Raises:
         DataError: a file is empty, malformed, not UTF-8 or lacks a column.
     """
     if part.kind == "text":
+        if group is not None:
+            raise DataError(f"text files have no column '{group}'", "Leave --data.group out, or give a table.")
         yield _read_text_files(part, scratch)
         return
+    columns = _named(text, label, group)
     for file in part.files:
         if file.stat().st_size == 0:
             raise _empty(file)
         with quiet(bars=file.stat().st_size >= _BYTES_FOR_A_BAR):
-            table = _read_table(part.kind, file, text, label, scratch)
-            check_columns(table.column_names, text, label, str(file))
+            table = _read_table(part.kind, file, columns, scratch)
+            check_columns(table.column_names, columns, str(file))
             try:
                 # The readers of JSON and Parquet take any bytes for text, and it would come out much later.
-                table.select_columns(_named(text, label)).data.validate(full=True)
+                table.select_columns(columns).data.validate(full=True)
             except pa.ArrowInvalid as error:
                 raise _diagnosis(file, part.kind, error) from error
-            found = labelled(table, text, label, str(file))
+            found = labelled(table, text, label, str(file), group)
         yield found
 
 
-def labelled(table: Dataset, text: str, label: str | None, where: str) -> Labelled:
-    """Take the two columns out of a table and bring them to strings.
+def labelled(table: Dataset, text: str, label: str | None, where: str, group: str | None = None) -> Labelled:
+    """Take the columns out of a table and bring them to strings.
 
     A `ClassLabel` gives its names; its −1 is a missing label.
 
     Raises:
         DataError: a column is missing or holds neither words nor numbers.
     """
-    check_columns(table.column_names, text, label, where)
-    for name in _named(text, label):
+    columns = _named(text, label, group)
+    check_columns(table.column_names, columns, where)
+    for name in columns:
         _check_scalar(table, name, where)
     texts = table.select_columns([text])
     if text != "text":
@@ -154,21 +161,24 @@ def labelled(table: Dataset, text: str, label: str | None, where: str) -> Labell
         texts = texts.cast_column("text", Value("string"))
     if label is None:
         return Labelled(texts, _no_labels(len(texts)), ((0, where),))
-    column = table.select_columns([label]).with_format("arrow")[:].column(label)
-    return Labelled(texts, _as_words(column, table.features[label]), ((0, where),))
+    labels, *groups = (
+        _as_words(table.select_columns([name]).with_format("arrow")[:].column(name), table.features[name])
+        for name in columns[1:]
+    )
+    return Labelled(texts, labels, ((0, where),), *groups)
 
 
-def _named(text: str, label: str | None) -> list[str]:
-    return [text] if label is None else [text, label]
+def _named(text: str, label: str | None, group: str | None) -> list[str]:
+    return [text] if label is None else [text, label] if group is None else [text, label, group]
 
 
 def _no_labels(rows: int) -> pa.ChunkedArray:
     return pa.chunked_array([pa.nulls(rows, pa.string())])
 
 
-def check_columns(columns: Sequence[str], text: str, label: str | None, where: str) -> None:
-    """Raises DataError where one of the two columns is not among `columns`."""
-    for key, wanted in zip(("text", "label"), _named(text, label), strict=False):
+def check_columns(columns: Sequence[str], asked: Sequence[str], where: str) -> None:
+    """Raises DataError where one that is asked for (text, label, group) is not among `columns`."""
+    for key, wanted in zip(("text", "label", "group"), asked, strict=False):
         if wanted not in columns:
             there = ", ".join(f"'{column}'" for column in columns[:20]) + (" …" if len(columns) > 20 else "")
             raise DataError(
@@ -199,18 +209,18 @@ def _as_words(column: pa.ChunkedArray, feature: Any) -> pa.ChunkedArray:
     return pc.cast(column, pa.string())
 
 
-def _read_table(kind: Kind, file: Path, text: str, label: str | None, scratch: Path) -> Dataset:
+def _read_table(kind: Kind, file: Path, columns: Sequence[str], scratch: Path) -> Dataset:
     if kind in ("csv", "tsv"):
         delimiter = "," if kind == "csv" else "\t"
-        rows = check_lines(file, delimiter, lambda header: check_columns(header, text, label, str(file)))
+        rows = check_lines(file, delimiter, lambda header: check_columns(header, columns, str(file)))
         table = _load(
             file,
             "csv",
             scratch,
             sep=delimiter,
             encoding="utf-8",
-            # Strings in both columns: else "007" is read as 7, and a class called "None" or "NA" as missing.
-            features=Features({column: Value("string") for column in _named(text, label)}),
+            # Strings in all of them: else "007" is read as 7, and a class called "None" or "NA" as missing.
+            features=Features({column: Value("string") for column in columns}),
             keep_default_na=False,
             na_values=[""],
         )
@@ -221,8 +231,8 @@ def _read_table(kind: Kind, file: Path, text: str, label: str | None, scratch: P
             )
         return table
     if kind == "parquet":
-        columns = _check_parquet(file, text, label)
-        return _load(file, "parquet", scratch, columns=columns)
+        _check_parquet(file, columns)
+        return _load(file, "parquet", scratch, columns=list(columns))
     return _load(file, "json", scratch)
 
 
@@ -282,16 +292,15 @@ def _fields_of_any_length() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _check_parquet(file: Path, text: str, label: str | None) -> list[str]:
+def _check_parquet(file: Path, columns: Sequence[str]) -> None:
     try:
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} is no Parquet file: {_first_line(error)}", "Write it again.") from error
     with parquet:
-        check_columns(parquet.schema_arrow.names, text, label, str(file))
+        check_columns(parquet.schema_arrow.names, columns, str(file))
         if not parquet.metadata.num_rows:
             raise _empty(file)
-    return _named(text, label)
 
 
 def _read_text_files(part: Part, scratch: Path) -> Labelled:

@@ -71,7 +71,7 @@ def find(name: str, revision: str | None) -> HubData:
     raise _nowhere(name, f"the hub cannot be reached for '{name}' ({_brief(answer)})", held)
 
 
-def read_hub(hub: HubData, text: str, label: str | None) -> Iterator[tuple[Role, Labelled]]:
+def read_hub(hub: HubData, text: str, label: str | None, group: str | None = None) -> Iterator[tuple[Role, Labelled]]:
     """The splits of a hub data set, as `train`, `validation` and `test`.
 
     A validation or test split without a single label (its labels are kept secret) is left out.
@@ -81,7 +81,7 @@ def read_hub(hub: HubData, text: str, label: str | None) -> Iterator[tuple[Role,
     """
     for role, rows in hub_splits(hub).items():
         with quiet(bars=False):
-            found = labelled(rows, text, label, f"{hub.name} ({role})")
+            found = labelled(rows, text, label, f"{hub.name} ({role})", group)
         if role == "train" or label is None or found.labels.null_count < len(found.labels):
             yield role, found
 

@@ -56,12 +56,14 @@ class Corpus:
         labels: strings or nulls, as many.
         roles: index into `ROLES` for each row, as given by the source.
         begins: for messages, (first row, name) of each file.
+        groups: as the labels, where they were asked for.
     """
 
     texts: Dataset
     labels: pa.ChunkedArray
     roles: npt.NDArray[np.int8]
     begins: tuple[tuple[int, str], ...]
+    groups: pa.ChunkedArray | None = None
 
     def where(self, row: int) -> str:
         """`row 3 of reviews.csv`, counted from 1 without a header."""
@@ -85,6 +87,8 @@ def resolve(config: TextDataConfig) -> Source:
         raise ConfigError(
             f"--data.text and --data.label both name the column '{config.text}'", "Name the column of the classes."
         )
+    if config.group in (config.text, config.label):
+        raise ConfigError(f"--data.group {config.group} is the text or the label too", "Name another column.")
     is_sample = name.startswith("sample:")
     if config.revision is not None and (is_sample or is_local(name)):
         raise ConfigError(
@@ -122,7 +126,7 @@ def digest(source: Source) -> str:
     return hashlib.sha256(json.dumps([hub, content], sort_keys=True).encode()).hexdigest()
 
 
-def read(source: Source, text: str, label: str, scratch: Path) -> Corpus:
+def read(source: Source, text: str, label: str, scratch: Path, group: str | None = None) -> Corpus:
     """Read all rows.
 
     Args:
@@ -130,32 +134,38 @@ def read(source: Source, text: str, label: str, scratch: Path) -> Corpus:
         text: column of the texts.
         label: column of the labels.
         scratch: folder for the Arrow files behind the result.
+        group: column of what keeps rows together.
 
     Raises:
         DataError: a file is malformed, empty, not UTF-8, or lacks a column.
     """
-    pieces = sorted(_pieces(source, text, label, scratch), key=lambda piece: ROLES.index(piece[0]))
+    pieces = sorted(_pieces(source, text, label, scratch, group), key=lambda piece: ROLES.index(piece[0]))
     sizes = [len(found.texts) for _, found in pieces]
     starts = np.cumsum([0, *sizes[:-1]])
     return Corpus(
         texts=concatenate_datasets([found.texts for _, found in pieces]),
-        labels=pa.chunked_array([chunk for _, found in pieces for chunk in found.labels.chunks], pa.string()),
+        labels=_joined([found.labels for _, found in pieces]),
         roles=np.repeat(np.array([ROLES.index(role) for role, _ in pieces], np.int8), sizes),
         begins=tuple(
             (int(start) + row, name)
             for start, (_, found) in zip(starts, pieces, strict=True)
             for row, name in found.begins
         ),
+        groups=None if group is None else _joined([found.groups for _, found in pieces if found.groups is not None]),
     )
 
 
-def _pieces(source: Source, text: str, label: str, scratch: Path) -> Iterator[tuple[Role, Labelled]]:
+def _joined(columns: Iterable[pa.ChunkedArray]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+
+
+def _pieces(source: Source, text: str, label: str, scratch: Path, group: str | None) -> Iterator[tuple[Role, Labelled]]:
     if source.hub:
-        for role, found in read_hub(source.hub, text, label):
+        for role, found in read_hub(source.hub, text, label, group):
             if role not in source.parts:
                 yield role, found
     for role, part in source.parts.items():
-        for found in read_part(part, text, label, scratch):
+        for found in read_part(part, text, label, scratch, group):
             yield role, found
 
 

@@ -13,7 +13,19 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from toolkit.data.clean import DROPPED, TEST, TRAIN, VALIDATION, Cleaned, Codes, Keys, Roles, Rows, drop_leaks
+from toolkit.data.clean import (
+    DROPPED,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Cleaned,
+    Codes,
+    Keys,
+    Roles,
+    Rows,
+    drop_leaks,
+    group_texts,
+)
 from toolkit.data.files import ROLES
 from toolkit.errors import ConfigError, DataError
 
@@ -39,6 +51,10 @@ class HeldOut(Protocol):
     def fold(self) -> int:
         """Which one."""
 
+    @property
+    def split_seed(self) -> int:
+        """Of the order."""
+
 
 class Shares(HeldOut, Protocol):
     """What is asked of the splits of labelled data."""
@@ -54,10 +70,6 @@ class Shares(HeldOut, Protocol):
     @property
     def test_samples(self) -> int | None:
         """At most so many."""
-
-    @property
-    def split_seed(self) -> int:
-        """Of the order."""
 
     @property
     def deduplicate(self) -> bool:
@@ -79,13 +91,15 @@ class Split:
     warnings: tuple[str, ...]
 
 
-def split(config: Shares, cleaned: Cleaned, given: Container[str]) -> Split:
+def split(config: Shares, cleaned: Cleaned, given: Container[str], units: Keys | None = None) -> Split:
     """Take the splits that are not given from the training data, then limit all of them.
 
     Args:
         config: shares, limits and the seed.
         cleaned: the rows.
         given: names of the splits that the source has.
+        units: 128 bits for each row, in two words: rows with the same ones are not parted. Otherwise each class has
+            its share in each split.
 
     Raises:
         ConfigError: the shares leave nothing, or fewer training rows are wanted than there are classes.
@@ -94,13 +108,17 @@ def split(config: Shares, cleaned: Cleaned, given: Container[str]) -> Split:
     check_shares(config, given)
     roles, codes, order = cleaned.roles, cleaned.codes, shuffle_key(cleaned.keys, config.split_seed)
     taken = {role for role in (VALIDATION, TEST) if ROLES[role] not in given}
-    roles = hold_out(config, roles, codes, order, taken, cleaned.labels)
-    repeats = 0
+    repeats = parted = 0
+    if units is not None:
+        roles, parted = _hold_out_units(config, roles, units, taken)
+        _check_trained(roles, codes, cleaned.labels, "stand in groups")
+    else:
+        roles = hold_out(config, roles, codes, order, taken, cleaned.labels)
     if not config.deduplicate:
         # Repeats may be trained on, but not tested on.
         roles, lost = drop_leaks(roles, cleaned.groups)
         repeats = sum(lost.values())
-        _check_trained(roles, codes, cleaned.labels)
+        _check_trained(roles, codes, cleaned.labels, "have texts")
     for role, most in (
         (TRAIN, config.train_samples),
         (VALIDATION, config.validation_samples),
@@ -113,18 +131,33 @@ def split(config: Shares, cleaned: Cleaned, given: Container[str]) -> Split:
                 "All of them are also in another split: give other data, or leave this split out.",
             )
     warnings = absent_classes(roles, codes, cleaned.labels)
+    if parted:
+        warnings.insert(0, f"{parted} rows were dropped because rows of their group are in a split that is tested on")
     if repeats:
         warnings.insert(0, f"{repeats} rows were dropped because their text is also in a split that is tested on")
     return Split(roles, repeats, tuple(warnings))
 
 
-def _check_trained(roles: Roles, codes: Codes, names: Sequence[str]) -> None:
+def _hold_out_units(config: HeldOut, roles: Roles, units: Keys, taken: Container[int]) -> tuple[Roles, int]:
+    there = len(np.unique(group_texts(units)[roles == TRAIN]))
+    held_out = len([role for role in (VALIDATION, TEST) if role in taken])
+    needed = max(1 + held_out, config.folds or 0)
+    if there < needed:
+        raise DataError(
+            f"--data.group has {there} groups in the training data, where {needed} splits or folds take {needed}",
+            "Name another column, or give the splits yourself with --data.validation and --data.test.",
+        )
+    return part_rows(config, roles, units, None)
+
+
+def _check_trained(roles: Roles, codes: Codes, names: Sequence[str], why: str) -> None:
     untrained = np.setdiff1d(codes[roles != DROPPED], codes[roles == TRAIN])
     if len(untrained):
         raise DataError(
-            f"all training rows of class {', '.join(repr(names[code]) for code in untrained[:5])} have texts that are "
+            f"all training rows of class {', '.join(repr(names[code]) for code in untrained[:5])} {why} that are "
             "also in validation or test",
-            "Add rows of that class, or let repeats be dropped first: --data.deduplicate.",
+            "Add rows of that class, or let repeats be dropped first (--data.deduplicate), or try another "
+            "--data.split_seed.",
         )
 
 
@@ -187,6 +220,62 @@ def _take_fold(roles: Roles, codes: Codes, order: Order, folds: int, fold: int, 
     result = roles.copy()
     result[pool[(_place_in_class(code, order[pool], counts) + begins) % folds == fold]] = TEST
     return result
+
+
+def part_rows(config: HeldOut, roles: Roles, keys: Keys, classes: Rows | None) -> tuple[Roles, int]:
+    """The split of each row, and how many were dropped because they stand in a held-out split too.
+
+    The order does not depend on files or machines, as in `toolkit.data.split`.
+
+    Args:
+        config: shares, folds and seed.
+        roles: splits that were given, or `DROPPED`; the training rows are parted where others are wanted.
+        keys: 128 bits for each row, in two words; rows with the same ones are not parted.
+        classes: index of the class of each row, where their shares are to stay; alike in rows that are not parted.
+    """
+    units, first, unit_of = _units(keys)
+    given = set(np.unique(roles).tolist())  # before the leaks go
+    order = shuffle_key(keys[first], config.split_seed)
+    held = np.full(len(units), TRAIN, roles.dtype)
+    np.maximum.at(held, unit_of, roles)  # of the roles, the later one is held out from the earlier
+    leaks = (roles != DROPPED) & (roles != held[unit_of])
+    roles = np.where(leaks, DROPPED, roles).astype(roles.dtype)
+    pool = np.bincount(unit_of, roles == TRAIN, len(units)).astype(np.int64)  # rows of each unit
+    strata = np.zeros(len(units), np.int64) if classes is None else classes[first]
+    validation = 0.0 if VALIDATION in given else config.validation_share
+    place = _places(strata, order, pool)
+    of_unit = np.full(len(units), TRAIN, roles.dtype)
+    if config.folds is not None:
+        of_unit[np.floor(place * config.folds).astype(int) == config.fold] = TEST
+        rest = np.where(of_unit == TRAIN, pool, 0)
+        again = shuffle_key(keys[first], config.split_seed + 1)  # else the validation would border on the test
+        of_unit[(of_unit == TRAIN) & (_places(strata, again, rest) < validation)] = VALIDATION
+    else:
+        test = 0.0 if TEST in given else config.test_share
+        of_unit[place < test + validation] = VALIDATION
+        of_unit[place < test] = TEST
+    roles = np.where(roles == TRAIN, of_unit[unit_of], roles).astype(roles.dtype)
+    return roles, int(leaks.sum())
+
+
+def _units(keys: Keys) -> tuple[Rows, Rows, Rows]:
+    """The different keys, the first row of each, and the unit of each row."""
+    units, first, unit_of = np.unique(group_texts(keys), return_index=True, return_inverse=True)
+    return units, first, unit_of
+
+
+def _places(strata: Rows, order: npt.NDArray[np.uint64], sizes: Rows) -> npt.NDArray[np.float64]:
+    """Where the middle of each unit lies among the rows of its stratum, from 0 to 1, in the given order."""
+    sorted_units = np.lexsort((order, strata))
+    sizes, strata = sizes[sorted_units], strata[sorted_units]
+    ends = np.cumsum(sizes)
+    starts = np.flatnonzero(np.concatenate([[True], strata[1:] != strata[:-1]]))
+    before = np.concatenate([[0], ends])[starts]
+    totals = np.add.reduceat(sizes, starts)
+    of = np.cumsum(np.isin(np.arange(len(strata)), starts)) - 1
+    places = np.empty(len(strata))
+    places[sorted_units] = (ends - sizes / 2 - before[of]) / np.maximum(totals[of], 1)
+    return places.clip(0, 1 - 1e-12)
 
 
 def shuffle_key(keys: Keys, seed: int) -> Order:

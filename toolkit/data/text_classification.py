@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, load_from_disk
 
 from toolkit.config import TextDataConfig
-from toolkit.data.clean import Cleaned, clean
+from toolkit.data.clean import Cleaned, Keys, clean
 from toolkit.data.files import ROLES, Role
 from toolkit.data.mapping import ROWS_FOR_A_BAR, normalised_texts, quiet
 from toolkit.data.prepared import fingerprint, prepared
@@ -106,14 +108,27 @@ def cleaned_and_split(
     config: TextDataConfig, source: Source, scratch: Path
 ) -> tuple[Corpus, Cleaned, Split, list[dict[str, Any]]]:
     """Labelled texts as they are before they are cut into tokens: all rows, what was made of them, and the stages."""
-    corpus = read(source, config.text, config.label, scratch)
+    corpus = read(source, config.text, config.label, scratch, config.group)
     texts = normalised_texts(corpus.texts, config.normalise, processes=config.tokenize_processes, scratch=scratch)
     corpus = dataclasses.replace(corpus, texts=texts)
     stages = Stages(corpus.texts)
     cleaned = clean(corpus, config, scratch, stages.note)
-    chosen = split(config, cleaned, [ROLES[role] for role in np.unique(corpus.roles)])
+    units = None if corpus.groups is None else _units(corpus.groups, cleaned.keys)
+    chosen = split(config, cleaned, [ROLES[role] for role in np.unique(corpus.roles)], units)
     stages.note("beyond the wished number, or in another split", chosen.roles)
     return corpus, cleaned, chosen, stages.facts
+
+
+def _units(groups: pa.ChunkedArray, keys: Keys) -> Keys:
+    """128 bits for each group, in two words; a row without one is a group of its own."""
+    coded = pa.concat_arrays(groups.dictionary_encode().unify_dictionaries().chunks)
+    names = b"".join(
+        hashlib.blake2b(name.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        for name in coded.dictionary.to_pylist()
+    )
+    words = np.concatenate([np.frombuffer(names, "<u8").reshape(-1, 2), np.zeros((1, 2), np.uint64)])
+    known = pc.fill_null(coded.indices, len(words) - 1).to_numpy(zero_copy_only=False)
+    return np.where((known == len(words) - 1)[:, None], keys, words[known])
 
 
 def _prepare(config: TextDataConfig, source: Source, tokenizer: Any, result: Path, scratch: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,3 +79,61 @@ def test_what_is_refused(name: str, reviews: Path, tmp_path: Path) -> None:
 def test_folds_beside_a_test_that_is_given() -> None:
     with pytest.raises(ConfigError, match="--data.folds 3 has no effect beside a test split that is given"):
         check_folds(TextDataConfig(folds=3), given_test=True)
+
+
+@pytest.fixture
+def authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """12 authors of 1 to 12 texts each, and two texts of nobody."""
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "cache"))
+    names = [f"author {letter}" for letter in "abcdefghijkl" for _ in range(ord(letter) - ord("a") + 1)] + ["", ""]
+    lines = [f"text number {row},{'good' if row % 3 else 'bad'},{name}" for row, name in enumerate(names)]
+    (tmp_path / "authors.csv").write_text("\n".join(["text,label,who", *lines]), encoding="utf-8")
+    return tmp_path / "authors.csv"
+
+
+def test_no_author_is_parted(authors: Path, tmp_path: Path) -> None:
+    """Of all seeds and folds; and each text is in the test of one fold."""
+    who = dict(line.rsplit(",", 2)[::2] for line in authors.read_text().splitlines()[1:])
+    for seed in range(5):
+        config = TextDataConfig(name=str(authors), group="who", split_seed=seed)
+        parts = splits(config, tmp_path / f"seed{seed}")
+        whose = [{who[text] for text in part} - {""} for part in parts]
+        assert len(set.union(*whose)) == sum(map(len, whose))
+        assert sum(map(len, parts)) == 80
+        assert 6 <= len(parts[2]) <= 26, "about a fifth"
+    tested: list[str] = []
+    for fold in range(4):
+        config = TextDataConfig(name=str(authors), group="who", folds=4, fold=fold)
+        train, validation, test = splits(config, tmp_path / f"fold{fold}")
+        assert not {who[text] for text in test} & ({who[text] for text in train | validation} - {""})
+        tested += test
+    assert len(tested) == len(set(tested)) == 80
+
+
+def test_authors_that_are_held_out_are_not_trained_on(authors: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.csv"
+    held.write_text("text,label,who\nanother text,good,author l\none more,bad,author k\n", encoding="utf-8")
+    config = TextDataConfig(name=str(authors), test=str(held), group="who")
+    (tmp_path / "scratch").mkdir()
+    _, _, chosen, _ = cleaned_and_split(config, resolve(config), tmp_path / "scratch")
+    assert np.sum(chosen.roles == 0) + np.sum(chosen.roles == 1) == 80 - 12 - 11
+    assert any("23 rows were dropped because rows of their group" in warning for warning in chosen.warnings)
+
+
+def test_groups_that_are_refused(authors: Path, reviews: Path, tmp_path: Path) -> None:
+    def read(**settings: Any) -> None:
+        config = TextDataConfig(**{"name": str(authors), "group": "who"} | settings)
+        with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+            cleaned_and_split(config, resolve(config), Path(scratch))
+
+    for settings, message in (
+        ({"name": str(reviews)}, "has no column 'who'"),
+        ({"group": "label"}, "is the text or the label too"),
+        ({"folds": 20}, "14 groups in the training data, where 20 splits or folds take 20"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=message):
+            read(**settings)
+    (tmp_path / "texts" / "good").mkdir(parents=True)
+    (tmp_path / "texts" / "good" / "1.txt").write_text("a text")
+    with pytest.raises(DataError, match="text files have no column 'who'"):
+        read(name=str(tmp_path / "texts"))

@@ -22,7 +22,7 @@ from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.stored import load_splits, save_splits
 from toolkit.data.tables.columns import Coded, code, guess, parse
 from toolkit.data.tables.faults import refuse_many, stages_of, warnings_of
-from toolkit.data.tables.parting import check_parting, keys_of, part_rows
+from toolkit.data.tables.parting import check_parting, part_table
 from toolkit.data.tables.preprocess import Encoded, Preprocessor, fit
 from toolkit.data.tables.reading import RawTable, digest_of, find_tables, read_tables
 from toolkit.data.tables.target import TargetScale, fit_scale
@@ -105,7 +105,7 @@ def _prepare(config: TableConfig, places: Mapping[Role, Part], result: Path, scr
     classes = target.values if target.words and config.split != "random" else None
     if config.split == "stratified" and not target.words:
         classes = _tenths(target.values, roles)
-    roles, leaks = part_rows(config, roles, keys_of(raw.cells, config.group), classes)
+    roles, leaks = part_table(config, roles, raw.cells, classes)
     train = _not_empty(roles)
     labels, scale = _learnt(raw, config, target, roles, train)
     aside = {config.target, config.group}
