@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from toolkit.adapters import FILE, check_mergeable
 from toolkit.checkpoint.export import answer, probe_batch, quiet_libraries
@@ -20,8 +20,8 @@ from toolkit.gguf.architectures import ARCHITECTURES, architecture_of
 from toolkit.gguf.vocabulary import vocabulary_of
 from toolkit.gguf.writing import BOUNDS, Proof, Written, prove, size_of, write
 from toolkit.predict.kinds import WRITER
+from toolkit.predict.loading import load_saved
 from toolkit.predict.saved import find_model, first_line
-from toolkit.predict.writer import load_saved
 from toolkit.report import Console
 from toolkit.requirements import check_versions
 
@@ -96,7 +96,7 @@ def convert(folder: Path, target: Path, dtype: str, name: str) -> tuple[Written,
         CheckpointError: the file cannot be written, or would not answer alike.
     """
     with quiet_libraries():
-        model, tokenizer = load_saved(folder)
+        model, tokenizer = load_saved(folder, AutoModelForCausalLM)
         probe = probe_batch(model.config)
         expected = answer(model.eval(), probe)
     vocabulary = vocabulary_of(tokenizer, _rows(model), model.generation_config.eos_token_id)

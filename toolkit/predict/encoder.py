@@ -12,10 +12,9 @@ import transformers
 from toolkit.data.tokenize import encode
 from toolkit.encoders import drop_pooler
 from toolkit.errors import DataError, ModelError
-from toolkit.folders import refuse_strays
 from toolkit.predict.kinds import Answer
-from toolkit.predict.loading import choose_device
-from toolkit.predict.saved import SavedModel, first_line
+from toolkit.predict.loading import choose_device, loading
+from toolkit.predict.saved import SavedModel
 from toolkit.tasks.contrast import embed
 
 _SHOWN = 6
@@ -39,16 +38,11 @@ class EncoderAnswers:
     def __init__(self, saved: SavedModel, *, device: str = "auto", max_length: int | None = None) -> None:
         place = choose_device(device)
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            refuse_strays(saved.folder)
+        with loading(saved.folder):
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(saved.folder, **options)
-            model: Any = transformers.AutoModel.from_pretrained(
+            model: Any = transformers.AutoModel.from_pretrained(  # which may lack its pooler, as nothing reads that
                 saved.folder, dtype=torch.float32, use_safetensors=True, **options
             )
-        except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
-            raise ModelError(
-                f"the model in {saved.folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
-            ) from error
         self._pooling: Any = getattr(model.config, "pooling", None)
         if self._pooling not in ("mean", "cls"):
             raise ModelError(

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.compute import remove_padding
 from toolkit.errors import ConfigError, ModelError, NumericsError
-from toolkit.folders import refuse_strays
-from toolkit.predict.loading import choose_device
-from toolkit.predict.saved import SavedModel, first_line
+from toolkit.predict.loading import choose_device, load_saved
+from toolkit.predict.saved import SavedModel
 
 _FALLBACK_LENGTH = 512
 
@@ -40,7 +36,11 @@ class Encoder:
 
     def __init__(self, saved: SavedModel, head: Any, *, device: str = "auto", max_length: int | None = None) -> None:
         self._device = choose_device(device)
-        self.tokenizer, model = _load(saved.folder, head)
+        model, self.tokenizer = load_saved(saved.folder, head)
+        if self.tokenizer.pad_token_id is None:
+            raise ModelError(f"the tokenizer in {saved.folder} has no padding token", "Save one that has.")
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id  # by which a decoder finds the end of a text
         remove_padding(model)
         self._model = model.to(self._device).eval()
         self.config = model.config
@@ -76,37 +76,6 @@ class Encoder:
                 "the model's answer is not finite", "Its weights are damaged, or its training diverged: see its report."
             )
         return answer.cpu()
-
-
-def _load(folder: Path, head: Any) -> tuple[Any, Any]:
-    """Tokenizer and model in `folder`: never from a hub, never with its own code, never a pickle."""
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        refuse_strays(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        if (folder / FILE).is_file():  # an adapter, whose base comes from where the run had it from
-            model, missing = in_place(load_adapted(folder)), []
-        else:
-            model, report = head.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-            )
-            missing = sorted(report["missing_keys"])
-    except ModelError:
-        raise
-    except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
-        raise ModelError(
-            f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
-        ) from error
-    if missing:
-        raise ModelError(
-            f"the model in {folder} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …)",
-            "Copy it again, or train again.",
-        )
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"the tokenizer in {folder} has no padding token", "Save one that has.")
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # by which a decoder finds the last token of a text
-    return tokenizer, model
 
 
 def _longest(tokenizer: Any, model: Any) -> int:

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from toolkit.data.images import ImageProcessor, load_processor, open_image
+from toolkit.data.images import load_processor, open_image
 from toolkit.data.rows import Unfit
-from toolkit.errors import ConfigError, DataError, ModelError, NumericsError
-from toolkit.folders import refuse_strays
+from toolkit.errors import ConfigError, DataError, NumericsError
 from toolkit.predict.kinds import Answer
-from toolkit.predict.loading import choose_device, load_network
-from toolkit.predict.saved import SavedModel, first_line
+from toolkit.predict.loading import choose_device, load_network, loading
+from toolkit.predict.saved import SavedModel
 
 
 class ImageAnswers:
@@ -33,7 +32,9 @@ class ImageAnswers:
 
     def __init__(self, saved: SavedModel, *, device: str = "auto", top: int = 1) -> None:
         self._device = choose_device(device)
-        self._processor, model = _load(saved.folder)
+        with loading(saved.folder):
+            self._processor = load_processor(saved.folder)
+        model = load_network(saved.folder)
         self._model = model.to(self._device).eval()
         self._labels = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
         if top > len(self._labels):
@@ -80,17 +81,3 @@ class ImageAnswers:
         for rank, (name, value) in enumerate(ranked[1:], start=2):
             fields |= {f"label_{rank}": name, f"score_{rank}": float(f"{value:.6g}")}
         return Answer(shown, fields)
-
-
-def _load(folder: Path) -> tuple[ImageProcessor, Any]:
-    """Processor and model in `folder`: never from a hub, never with its own code, never a pickle."""
-    try:
-        refuse_strays(folder)
-        processor = load_processor(folder)
-    except ModelError:
-        raise
-    except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
-        raise ModelError(
-            f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
-        ) from error
-    return processor, load_network(folder)

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.data.audio import RATE, Samples, read_audio
 from toolkit.data.rows import Unfit
-from toolkit.errors import DataError, ModelError
-from toolkit.folders import refuse_strays
+from toolkit.errors import DataError
 from toolkit.predict.kinds import Answer
-from toolkit.predict.loading import choose_device
-from toolkit.predict.saved import SavedModel, first_line
+from toolkit.predict.loading import choose_device, load_saved
+from toolkit.predict.saved import SavedModel
 
 _STEP = RATE // 50
 
@@ -37,7 +34,9 @@ class SpeechAnswers:
 
     def __init__(self, saved: SavedModel, *, device: str = "auto") -> None:
         place = choose_device(device)
-        self._processor, model = _load(saved.folder)
+        model, self._processor = load_saved(
+            saved.folder, transformers.AutoModelForSpeechSeq2Seq, transformers.AutoProcessor
+        )
         self._model = model.to(place).eval()
         self._window: int = self._processor.feature_extractor.n_samples
 
@@ -83,30 +82,3 @@ def _heard(file: Path) -> Samples:
     except Unfit as reason:
         said = str(reason).replace("their recording", "the recording")
         raise DataError(f"{file}: {said}", "Give recordings as WAV, FLAC, OGG or MP3.") from None
-
-
-def _load(folder: Path) -> tuple[Any, Any]:
-    """Processor and model in `folder`: never from a hub, never with its own code, never a pickle."""
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        refuse_strays(folder)
-        processor = transformers.AutoProcessor.from_pretrained(folder, **options)
-        if (folder / FILE).is_file():  # an adapter, whose base comes from where the run had it from
-            model, lacking = in_place(load_adapted(folder)), []
-        else:
-            model, report = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-            )
-            lacking = sorted(report["missing_keys"])
-    except ModelError:
-        raise
-    except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
-        raise ModelError(
-            f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
-        ) from error
-    if lacking:
-        raise ModelError(
-            f"the model in {folder} lacks {len(lacking)} of its weights ({', '.join(lacking[:3])} …)",
-            "Copy it again, or train again.",
-        )
-    return processor, model

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
-from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.compute import remove_padding
 from toolkit.data.text_pairs import source_tokens
-from toolkit.errors import ModelError
-from toolkit.folders import refuse_strays
 from toolkit.predict.kinds import Answer
-from toolkit.predict.loading import choose_device
-from toolkit.predict.saved import SavedModel, first_line
+from toolkit.predict.loading import choose_device, load_saved
+from toolkit.predict.saved import SavedModel
 from toolkit.tasks.seq2seq import padded
 
 _FALLBACK_LENGTH = 512
@@ -41,7 +36,7 @@ class Translator:
         self, saved: SavedModel, *, device: str = "auto", tokens: int | None = None, max_length: int | None = None
     ) -> None:
         place = choose_device(device)
-        model, self._tokenizer = _load(saved.folder)
+        model, self._tokenizer = load_saved(saved.folder, transformers.AutoModelForSeq2SeqLM)
         remove_padding(model)
         self._model = model.to(place).eval()
         self._options = {} if tokens is None else {"max_new_tokens": tokens}
@@ -65,23 +60,3 @@ class Translator:
         with torch.inference_mode():
             found = self._model.generate(**inputs, **self._options)
         return [text.strip() for text in tokenizer.batch_decode(found.tolist(), skip_special_tokens=True)]
-
-
-def _load(folder: Path) -> tuple[Any, Any]:
-    """Model, in fp32 on the CPU, and tokenizer; an adapter stands on its base."""
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        refuse_strays(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        if (folder / FILE).is_file():  # whose base comes from where the run had it from
-            return in_place(load_adapted(folder)), tokenizer
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **options
-        )
-    except ModelError:
-        raise
-    except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
-        raise ModelError(
-            f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
-        ) from error
-    return model, tokenizer

@@ -6,21 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from toolkit.adapters import FILE, in_place, load_adapted
 from toolkit.data import answer_end, question
 from toolkit.data.text_pairs import source_tokens
-from toolkit.errors import ConfigError, ModelError
-from toolkit.folders import refuse_strays
+from toolkit.errors import ConfigError
 from toolkit.generation import beginning
 from toolkit.predict.kinds import Answer
-from toolkit.predict.loading import choose_device
-from toolkit.predict.saved import SavedModel, first_line
+from toolkit.predict.loading import choose_device, load_saved
+from toolkit.predict.saved import SavedModel
 
 _FALLBACK_LENGTH = 512
 
@@ -36,30 +33,6 @@ class Written:
 
     text: str
     continuation: str
-
-
-def load_saved(folder: Path) -> tuple[Any, Any]:
-    """The language model in a folder, in fp32 on the CPU, and its tokenizer; an adapter stands on its base.
-
-    Raises:
-        ModelError: the files are damaged, or hold no language model.
-    """
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        refuse_strays(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        if (folder / FILE).is_file():  # an adapter, whose base comes from where the run had it from
-            return in_place(load_adapted(folder)), tokenizer
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **options
-        )
-    except ModelError:
-        raise
-    except Exception as error:  # each of the libraries below has its own; the user is to hear which folder it is
-        raise ModelError(
-            f"the model in {folder} cannot be loaded: {first_line(error)}", "Copy it again, or train again."
-        ) from error
-    return model, tokenizer
 
 
 class Writer:
@@ -80,7 +53,7 @@ class Writer:
 
     def __init__(self, saved: SavedModel, *, device: str = "auto", plain: bool = False) -> None:
         place = choose_device(device)
-        self._model, self._tokenizer = load_saved(saved.folder)
+        self._model, self._tokenizer = load_saved(saved.folder, transformers.AutoModelForCausalLM)
         chat = bool(getattr(self._tokenizer, "chat_template", None))
         if plain and not chat:
             raise ConfigError("--plain has no effect on a model without a chat template", "Drop it.")
