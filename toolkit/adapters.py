@@ -350,7 +350,7 @@ def _add(model: Any, adapter: Adapter, beginning: Mapping[str, tuple[torch.Tenso
 
 
 def _refuse_in_vain(model: nn.Module, config: AdapterConfig) -> None:
-    if not all(parameter.requires_grad for parameter in model.parameters()):
+    if getattr(model, "freezes", ()):
         raise ConfigError(
             f"--model.freeze has no effect with --adapter.name {config.name}, which freezes the network anyway",
             "Drop it; --adapter.targets and --adapter.train say what is trained.",

@@ -238,6 +238,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             raise ConfigError(f"--model.freeze {pattern!r} matches no parameter", f"Parameters begin: {some}, …")
         for name in matched:
             parameters[name].requires_grad_(False)
+    model.freezes = tuple(patterns)  # type: ignore[assignment]  # some networks have frozen parameters of their own
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ConfigError("--model.freeze leaves nothing to train", "Freeze less.")
 

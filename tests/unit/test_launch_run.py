@@ -271,7 +271,16 @@ def test_a_second_signal_ends_all_at_once(job: Callable[..., Job]) -> None:
 @pytest.mark.slow
 def test_what_srun_is_told(job: Callable[..., Job], tmp_path: Path) -> None:
     """Not that the run is to go on: a node whose ranks end first would take the others with it."""
-    script = LEAVES + "    print('a line', flush=True)\n    leave(int(sys.argv[1]))\n"
+    script = (
+        LEAVES
+        + """
+    print("a line", flush=True)
+    (folder / f"printed_{rank}").touch()
+    while len(list(folder.glob("printed_*"))) < 2:  # the first to leave would end the other
+        time.sleep(0.02)
+    leave(int(sys.argv[1]))
+"""
+    )
     file = tmp_path / "resumable"
     ended = [job(script, code, own=f"--label --resumable {file}") for code in (75, 2)]
     assert ended[1].end() == 2
