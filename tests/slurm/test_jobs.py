@@ -22,6 +22,8 @@ from toolkit.checkpoint.store import Store
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 60
+AWAY = 30.0
+"""Seconds without SLURM's controller."""
 BOUND = 1e-5
 """Relative, of losses and gradient norms: as the parity of strategies has it."""
 
@@ -29,9 +31,12 @@ BOUND = 1e-5
 class Job:
     """A job that `python -m launch slurm` submitted."""
 
-    def __init__(self, cluster: Cluster, run: Path, options: Sequence[str], recipe: Sequence[str]) -> None:
-        self.cluster, self.run = cluster, run
-        own = ["--cpu", "--no-preflight", "--no-check", "--export", "PYTHONPATH", "--run-dir", str(run)]
+    def __init__(
+        self, cluster: Cluster, run: Path, options: Sequence[str], recipe: Sequence[str], nap: float = 0.1
+    ) -> None:
+        self.cluster, self.run, self.nap = cluster, run, nap
+        own = ["--cpu", "--no-preflight", "--no-check", "--export", "PYTHONPATH", "--export", "NAP"]
+        own += ["--run-dir", str(run)]
         script = "tests/slurm/napping.py"
         time_limit = () if "--time" in options else ("--time", "30")
         self.launch("slurm", script, *own, *time_limit, *options, "--", *recipe)
@@ -48,7 +53,7 @@ class Job:
         done = subprocess.run(
             [sys.executable, "-m", "launch", *words],
             cwd=ROOT,
-            env=self.cluster.environment() | {"PYTHONPATH": str(ROOT)},
+            env=self.cluster.environment() | {"PYTHONPATH": str(ROOT), "NAP": str(self.nap)},
             capture_output=True,
             text=True,
             timeout=120,
@@ -88,8 +93,8 @@ def submit(cluster: Cluster, tmp_path: Path) -> Iterator[Submit]:
     """Submits jobs of which nothing outlives the test."""
     jobs: list[Job] = []
 
-    def one(options: Sequence[str], recipe: Sequence[str], name: str = "run") -> Job:
-        jobs.append(Job(cluster, tmp_path / name, options, recipe))
+    def one(options: Sequence[str], recipe: Sequence[str], name: str = "run", nap: float = 0.1) -> Job:
+        jobs.append(Job(cluster, tmp_path / name, options, recipe, nap))
         return jobs[-1]
 
     yield one
@@ -166,12 +171,14 @@ def test_queued_again_in_the_middle_of_a_save(submit: Submit, job: list[str], re
 
 
 def test_a_node_dies(submit: Submit, job: list[str], reference: Reference) -> None:
-    one = submit([*TWO_BY_TWO, "--strategy", "zero3"], job)
-    one.until_step(15)
+    one = submit([*TWO_BY_TWO, "--strategy", "zero3"], job, nap=0.8)
+    one.until_step(10)
     with one.cluster.without_controller():
-        before = last_step(one.run)
+        before, ends = last_step(one.run), time.monotonic() + AWAY
         one.until_step(before + 5)  # a run does not need it
+        time.sleep(max(0, ends - time.monotonic()))
     assert one.state == "RUNNING"
+    assert last_step(one.run) < STEPS
     one.cluster.power_off("node2")
     try:
         one.finish()
