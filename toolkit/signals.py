@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -129,6 +129,25 @@ def as_helper(worker: int = 0) -> None:
     parent = multiprocessing.parent_process()  # not the server that has forked this process in its name
     pid = os.getppid() if parent is None else parent.pid
     threading.Thread(target=_end_for_parent, args=(pid,), name="as helper", daemon=True).start()
+
+
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """A time in which C code waits for others, and Python's handler would not be called: SIGINT ends the process.
+
+    There is nothing to be saved yet. Without this, a rank would wait for one that Ctrl-C has ended already.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
 
 
 def ignore_all() -> None:

@@ -21,6 +21,7 @@ from accelerate import PartialState
 
 from toolkit.environment import ALONE, Launcher, Ranks, cpu_asked_for, store_file
 from toolkit.errors import LaunchError, ToolkitError
+from toolkit.signals import ended_by_ctrl_c
 
 T = TypeVar("T")
 
@@ -62,9 +63,10 @@ class World:
             os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, wherever it is imported, guesses aloud
         if self.size > 1 and not dist.is_initialized():
             try:
-                dist.init_process_group(
-                    self._backend, store=self._store(), rank=self.rank, world_size=self.size, timeout=TIMEOUT
-                )
+                with ended_by_ctrl_c():
+                    dist.init_process_group(
+                        self._backend, store=self._store(), rank=self.rank, world_size=self.size, timeout=TIMEOUT
+                    )
             except (dist.DistError, RuntimeError, ValueError) as error:
                 raise LaunchError(
                     f"rank {self.rank} of {self.size} could not meet the others at {Ranks.read().master}: {error}",

@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import on_ranks
+from tests.ranks import free_port, on_ranks
 from toolkit.environment import ALONE, RENDEZVOUS, Launcher, Ranks, cpu_asked_for, is_main_rank
 from toolkit.errors import CheckpointError, LaunchError
 from toolkit.world import world
@@ -419,3 +421,15 @@ def port_is_taken() -> str:
 def test_ranks_that_cannot_meet() -> None:
     message, _ = on_ranks(port_is_taken, 2)
     assert message.startswith("rank 0 of 2 could not meet the others at 127.0.0.1:")
+
+
+def test_ctrl_c_while_the_others_are_waited_for(tmp_path: Path) -> None:
+    """Python would call its handler when the wait in C code is over, half an hour later."""
+    script = "from toolkit.world import world; print('waiting', flush=True); world().connect()"
+    environment = os.environ | TWO_RANKS | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": str(free_port())}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
