@@ -48,7 +48,7 @@ class Config:
     adapter: AdapterConfig = AdapterConfig()
     tokenizer: TokenizerConfig = TokenizerConfig(vocabulary=4000)
     data: TranslationConfig = TranslationConfig(validation_share=0.03, test_share=0.03, max_target_length=48)
-    train: TrainConfig = TrainConfig(epochs=8, global_batch=32, label_smoothing=0.1)
+    train: TrainConfig = TrainConfig(epochs=6, global_batch=32, label_smoothing=0.1)
     optim: OptimConfig = OptimConfig(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, schedule="cosine")
     precision: Precision = "auto"
     """Number format of forward and backward: `auto` takes bf16 where the hardware multiplies it, else fp32."""
