@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import re
@@ -183,8 +184,12 @@ def load_again(config: ModelConfig, network: PreTrainedConfig) -> nn.Module:
         ModelError: the model is not there, or is another one.
     """
     source, options = source_of(config)
+    window = network.max_source_positions if network.model_type == "whisper" else None
     try:
         kind: Any = architecture((network.architectures or [""])[0])
+        if window:  # the source has its own, of which the run took a part
+            network = copy.deepcopy(network)
+            network.max_source_positions = AutoConfig.from_pretrained(source, **options).max_source_positions
         with torch.random.fork_rng(devices=[]):
             model, report = kind.from_pretrained(
                 source,
@@ -197,7 +202,18 @@ def load_again(config: ModelConfig, network: PreTrainedConfig) -> nn.Module:
     except Exception as error:  # whatever goes wrong in there, the user is to hear of which model
         raise unreadable(config, "model", error) from error
     _check_body(config, model, [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if window:
+        shorten_window(model, window)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def shorten_window(model: Any, positions: int) -> None:
+    """Let a Whisper model hear less: its encoder's positions are sinusoids, of which the first are left."""
+    encoder = model.get_encoder()
+    table = nn.Embedding(positions, encoder.embed_positions.embedding_dim)
+    table.weight = nn.Parameter(encoder.embed_positions.weight[:positions].clone(), requires_grad=False)
+    encoder.embed_positions, encoder.max_source_positions = table, positions
+    model.config.max_source_positions = positions
 
 
 def locate(name: str) -> str:

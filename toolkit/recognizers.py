@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor, G
 from toolkit.config import ModelConfig
 from toolkit.errors import ConfigError, ModelError
 from toolkit.folders import refuse_strays
-from toolkit.models import Origin, freeze, set_dropout, source_of, unreadable
+from toolkit.models import Origin, freeze, set_dropout, shorten_window, source_of, unreadable
 from toolkit.sharing import once_a_node
 
 
@@ -89,22 +89,14 @@ def _load(config: ModelConfig, frames: int, said: dict[str, str | None], *, seed
     if network.model_type != "whisper" or lacking:
         what = f"lacks {len(lacking)} of its weights ({lacking[0]}, …)" if lacking else f"is a {network.model_type}"
         raise ModelError(f"--model.name {config.name} {what}", "Name a Whisper model, as sample:whisper-tiny-en.")
-    _shorten(model, frames)
+    encoder = model.get_encoder()
+    shorten_window(model, frames // (encoder.conv1.stride[0] * encoder.conv2.stride[0]))
     model.config.use_cache = False  # of no use in training; generation has a setting of its own
     if said["language"]:
         model.generation_config.update(**said)
     model.origin = Origin(config.name, config.revision, config.init, ())
     freeze(model, config.freeze)
     return model  # type: ignore[no-any-return]
-
-
-def _shorten(model: Any, frames: int) -> None:
-    encoder = model.get_encoder()
-    positions = frames // (encoder.conv1.stride[0] * encoder.conv2.stride[0])
-    table = nn.Embedding(positions, encoder.embed_positions.embedding_dim)
-    table.weight = nn.Parameter(encoder.embed_positions.weight[:positions].clone(), requires_grad=False)
-    encoder.embed_positions, encoder.max_source_positions = table, positions
-    model.config.max_source_positions = positions
 
 
 def _knows_several_languages(source: str, options: dict[str, Any]) -> bool:

@@ -104,6 +104,8 @@ def test_the_same_numbers_everywhere(
         assert [line["id"] for line in report[when]["transcripts"]] == list(range(8))
     assert report["test"]["loss"] < report["before"]["loss"]
     assert account(tmp_path / "run").sound
+    clip = Path(job[job.index("--data.name") + 1]).parent / "clips" / "0.wav"
+    assert toolkit(["predict", str(tmp_path / "run"), str(clip)]) == 0  # an adapter on the window of the run, too
 
 
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(
