@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from toolkit.errors import ConfigError, DataError, ModelError
 from toolkit.normalise import normalise
-from toolkit.predict import find_model, read_texts
+from toolkit.predict import SavedModel, find_model, read_texts
 from toolkit.predict.command import count, silence_libraries
 from toolkit.predict.kinds import TRANSLATOR, Answerer, load_answerer
 from toolkit.report import Console
@@ -62,7 +62,8 @@ def run(arguments: Namespace) -> int:
     if not total:
         raise DataError(f"{file} has no text", "Fill it.")
     silence_libraries()
-    there, back = (_translator(path, arguments.device) for path in (arguments.there, arguments.back))
+    found = [_find(path) for path in (arguments.there, arguments.back)]
+    there, back = (Translation(load_answerer(one.kind, one, device=arguments.device), one.normalise) for one in found)
     changed = 0
     with output.open("w", encoding="utf-8", newline="") as out, Progress(console=RichConsole(stderr=True)) as bar:
         table, task = csv.writer(out, lineterminator="\n"), bar.add_task("translating", total=total)
@@ -111,11 +112,11 @@ def paraphrases(
         yield from zip(window, back(there(window, batch), batch), strict=True)
 
 
-def _translator(run: Path, device: str) -> Translation:
+def _find(run: Path) -> SavedModel:
     saved = find_model(run)
     if saved.kind is not TRANSLATOR:
         raise ModelError(
             f"the model of {run} is {saved.kind.about}, not one that translates",
             "Name a run of recipes/translate.py.",
         )
-    return Translation(load_answerer(saved.kind, saved, device=device), saved.normalise)
+    return saved

@@ -137,17 +137,15 @@ def ended_by_ctrl_c() -> Iterator[None]:
 
     There is nothing to be saved yet. Without this, a rank would wait for one that Ctrl-C has ended already.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
+    main = threading.current_thread() is threading.main_thread()
+    heard = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heard:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, before)
+        if heard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def ignore_all() -> None:

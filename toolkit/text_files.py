@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,14 +114,29 @@ def _json_lines(stream: BinaryIO, name: str, column: str | None) -> Iterator[tup
 def _table_lines(
     stream: BinaryIO, name: str, column: str | None, delimiter: str
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.reader((line for _, line in _lines(stream, name)), delimiter=delimiter, strict=True)
+    rows = table_fields((line for _, line in _lines(stream, name)), name, delimiter)
+    _, header = next(rows, ("", None))
+    if header is None:
+        return
+    if column is not None and column not in header:
+        raise _no_column(name, column, header)
+    for where, fields in rows:
+        yield where, dict(zip(header, fields, strict=True))
+
+
+def table_fields(lines: Iterable[str], name: str, delimiter: str) -> Generator[tuple[str, list[str]], None, None]:
+    """The fields of each row of a CSV file that has some, behind where it is: first the header, then as many for each.
+
+    Raises:
+        DataError: a row has more or fewer fields, or its quotes do not pair up.
+    """
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     limit, begin = csv.field_size_limit(sys.maxsize), 1
     try:
         header = next(reader, None)
         if header is None:
             return
-        if column is not None and column not in header:
-            raise _no_column(name, column, header)
+        yield f"{name}, line {begin}", header
         begin = reader.line_num + 1
         for fields in reader:
             where = f"{name}, line {begin}"
@@ -131,7 +146,7 @@ def _table_lines(
                     "Put quotes around a field that holds the delimiter or a line break.",
                 )
             if fields:
-                yield where, dict(zip(header, fields, strict=True))
+                yield where, fields
             begin = reader.line_num + 1
     except csv.Error as error:
         raise DataError(

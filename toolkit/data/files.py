@@ -6,15 +6,13 @@ and one more field in every line than in the header (the first column then becom
 
 from __future__ import annotations
 
-import csv
 import glob
 import gzip
 import io
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -27,6 +25,7 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 
 from toolkit.data.mapping import quiet
 from toolkit.errors import DataError, ToolkitError, nearest
+from toolkit.text_files import table_fields
 
 Kind = Literal["csv", "tsv", "jsonl", "json", "parquet", "text", "parallel"]
 """`parallel`: two text files, of which a line of the second belongs to each line of the first."""
@@ -255,41 +254,18 @@ def check_lines(file: Path, delimiter: str, check_header: Callable[[list[str]], 
     Raises:
         DataError: it is empty, ragged or not UTF-8, or its quotes do not pair up.
     """
-    rows, begin = 0, 1
     try:
-        with _fields_of_any_length(), open_file(file) as raw:
+        with open_file(file) as raw:
             stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-            reader = csv.reader(stream, delimiter=delimiter, strict=True)
-            header = next(reader, [])
-            check_header(header)
-            begin = reader.line_num + 1
-            for fields in reader:
-                if fields and len(fields) != len(header):
-                    raise DataError(
-                        f"{file}, line {begin}: {len(fields)} fields, where the header names {len(header)}",
-                        "Put quotes around a field that holds the delimiter or a line break.",
-                    )
-                rows += bool(fields)
-                begin = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{file}, line {begin}: a quote that is not closed or not doubled ({error})",
-            'A field that holds quotes stands in quotes itself, with each inner one doubled: "say ""so""".',
-        ) from error
+            with closing(table_fields(stream, str(file), delimiter)) as fields:
+                _, header = next(fields, ("", []))
+                check_header(header)
+                rows = sum(1 for _ in fields)
     except (UnicodeDecodeError, EOFError, OSError) as error:
         raise _diagnosis(file, "csv", error) from error
     if not rows:
         raise _empty(file)
     return rows
-
-
-@contextmanager
-def _fields_of_any_length() -> Iterator[None]:
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _check_parquet(file: Path, columns: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, load_from_disk
 
 from toolkit.config import TextDataConfig
-from toolkit.data.clean import Cleaned, Keys, clean
+from toolkit.data.clean import Cleaned, Keys, clean, hashed
 from toolkit.data.files import ROLES, Role
 from toolkit.data.mapping import ROWS_FOR_A_BAR, normalised_texts, quiet
 from toolkit.data.prepared import fingerprint, prepared
@@ -122,11 +121,8 @@ def cleaned_and_split(
 def _units(groups: pa.ChunkedArray, keys: Keys) -> Keys:
     """128 bits for each group, in two words; a row without one is a group of its own."""
     coded = pa.concat_arrays(groups.dictionary_encode().unify_dictionaries().chunks)
-    names = b"".join(
-        hashlib.blake2b(name.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        for name in coded.dictionary.to_pylist()
-    )
-    words = np.concatenate([np.frombuffer(names, "<u8").reshape(-1, 2), np.zeros((1, 2), np.uint64)])
+    names = hashed(name.strip() for name in coded.dictionary.to_pylist())
+    words = np.concatenate([names, np.zeros((1, 2), np.uint64)])
     known = pc.fill_null(coded.indices, len(words) - 1).to_numpy(zero_copy_only=False)
     return np.where((known == len(words) - 1)[:, None], keys, words[known])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from toolkit.errors import ConfigError
@@ -82,12 +82,15 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _port(word: str) -> int:
     if not word.isdecimal() or int(word) > 65535:
-        raise ValueError(word)
+        raise ArgumentTypeError(f"{word!r} is no port from 0 to 65535")
     return int(word)
 
 
 def _milliseconds(word: str) -> float:
-    value = float(word)
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
     if not 0 <= value <= 10_000:
-        raise ValueError(word)
+        raise ArgumentTypeError(f"{word!r} is not a number from 0 to 10000")
     return value

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from toolkit.config import TableConfig
-from toolkit.data.clean import DROPPED, TRAIN, Keys, Roles, Rows
+from toolkit.data.clean import DROPPED, TRAIN, Keys, Roles, Rows, hashed
 from toolkit.data.files import Role
 from toolkit.data.split import Order, check_shares, part_rows, shuffle_key
 from toolkit.errors import ConfigError
@@ -30,11 +29,7 @@ def keys_of(cells: pa.Table, group: str | None) -> Keys:
     """128 bits for each row, over all of it or over its group, whatever the order of the columns."""
     names = [group] if group else sorted(cells.column_names)
     columns = [cells.column(name).to_pylist() for name in names]
-    digests = b"".join(
-        hashlib.blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        for row in zip(*columns, strict=True)
-    )
-    return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+    return hashed(map(repr, zip(*columns, strict=True)))
 
 
 def part_table(config: TableConfig, roles: Roles, cells: pa.Table, classes: Rows | None) -> tuple[Roles, int]:
