@@ -198,9 +198,9 @@ def test_a_node_that_was_given_up_comes_back(submit: Submit, job: list[str], ref
         one.finish()
         before = {path: path.read_bytes() for path in one.run.rglob("*") if path.is_file() and path.suffix != ".log"}
         assert "node3" in one.launch("status", str(one.run))
-        assert "napping.py" in one.cluster.on("node2", "ps", "ax")
+        assert "napping.py" in one.cluster.on("node2", "ps", "axww")
         one.cluster.thaw("node2")
-        one.until(lambda: "napping.py" not in one.cluster.on("node2", "ps", "ax"), 60)
+        one.until(lambda: "napping.py" not in one.cluster.on("node2", "ps", "axww"), 60)
         after = {path: path.read_bytes() for path in one.run.rglob("*") if path.is_file() and path.suffix != ".log"}
         assert after == before
         assert one.state == "COMPLETED"
