@@ -157,8 +157,18 @@ def test_pairs_are_read_together(write: Any) -> None:
     ("labels", "settings", "error", "message"),
     [
         (["a", "b"] * 20, {"separator": ";"}, ConfigError, "--data.separator has no effect with --data.target class"),
-        (["a", "b"] * 20, {"text_pair": "second", "group": "text"}, ConfigError, "--data.group text .*no effect"),
-        ([1.5, 2.5] * 20, {"target": "number", "group": "second"}, ConfigError, "--data.group second has no effect"),
+        (
+            ["a", "b"] * 20,
+            {"text_pair": "second", "group": "text"},
+            ConfigError,
+            "--data.group text is the text or the",
+        ),
+        (
+            [1.5, 2.5] * 120,
+            {"target": "number", "group": "who"},
+            DataError,
+            "no column 'who' \\(--data.group\\) but text",
+        ),
         (["a", "b"] * 20, {"text_pair": "text"}, ConfigError, "names the column 'text' as another setting does"),
         (["a", "b"] * 99, {"target": "number"}, DataError, "(?s)row 1 of .*texts.jsonl, because .*'a' is no number"),
         ([1.5, None] * 101, {"target": "number"}, DataError, "row 2 of .*label None is no number"),

@@ -60,6 +60,9 @@ class ImageDataConfig:
     """Column of a table that holds the image: a path (from the table's folder on), or the bytes of a file."""
     label: str = "label"
     """Column of a table that holds the class, as a word or a number."""
+    group: str | None = None
+    """Column of a table of what must not be parted by a split, as a patient or a camera: all of its images are trained
+    on, or none. The split is then not stratified."""
     validation: str | None = None
     """Folder or table with the validation split. Without it a share of the training data is taken."""
     test: str | None = None

@@ -193,6 +193,9 @@ class SourcesConfig:
     of `test_share`."""
     fold: Natural = 0
     """Which fold is the test, from 0."""
+    group: str | None = None
+    """Column of what must not be parted by a split, as an author or a speaker: all of its rows are trained on, or
+    none."""
     train_texts: Count | None = None
     """Use at most so many texts (or conversations) for training."""
     split_seed: Natural = 0

@@ -11,7 +11,7 @@ import gzip
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +115,7 @@ def read_part(part: Part, text: str, label: str | None, scratch: Path, group: st
         text: column of the texts.
         label: column of the labels; None where the texts have none.
         scratch: folder for the Arrow files behind the result.
-        group: column of what keeps rows together, beside labels.
+        group: column of what keeps rows together.
 
     Raises:
         DataError: a file is empty, malformed, not UTF-8 or lacks a column.
@@ -126,6 +126,7 @@ def read_part(part: Part, text: str, label: str | None, scratch: Path, group: st
         yield _read_text_files(part, scratch)
         return
     columns = _named(text, label, group)
+    names = list(columns.values())
     for file in part.files:
         if file.stat().st_size == 0:
             raise _empty(file)
@@ -134,7 +135,7 @@ def read_part(part: Part, text: str, label: str | None, scratch: Path, group: st
             check_columns(table.column_names, columns, str(file))
             try:
                 # The readers of JSON and Parquet take any bytes for text, and it would come out much later.
-                table.select_columns(columns).data.validate(full=True)
+                table.select_columns(names).data.validate(full=True)
             except pa.ArrowInvalid as error:
                 raise _diagnosis(file, part.kind, error) from error
             found = labelled(table, text, label, str(file), group)
@@ -151,33 +152,33 @@ def labelled(table: Dataset, text: str, label: str | None, where: str, group: st
     """
     columns = _named(text, label, group)
     check_columns(table.column_names, columns, where)
-    for name in columns:
+    for name in columns.values():
         _check_scalar(table, name, where)
     texts = table.select_columns([text])
     if text != "text":
         texts = texts.rename_column(text, "text")
     if texts.features["text"] != Value("string"):
         texts = texts.cast_column("text", Value("string"))
-    if label is None:
-        return Labelled(texts, _no_labels(len(texts)), ((0, where),))
-    labels, *groups = (
-        _as_words(table.select_columns([name]).with_format("arrow")[:].column(name), table.features[name])
-        for name in columns[1:]
-    )
-    return Labelled(texts, labels, ((0, where),), *groups)
+    words = {
+        key: _as_words(table.select_columns([name]).with_format("arrow")[:].column(name), table.features[name])
+        for key, name in columns.items()
+        if key != "text"
+    }
+    return Labelled(texts, words.get("label", _no_labels(len(texts))), ((0, where),), words.get("group"))
 
 
-def _named(text: str, label: str | None, group: str | None) -> list[str]:
-    return [text] if label is None else [text, label] if group is None else [text, label, group]
+def _named(text: str, label: str | None, group: str | None) -> dict[str, str]:
+    """The columns that are asked for, by the key that names each."""
+    return {key: name for key, name in (("text", text), ("label", label), ("group", group)) if name is not None}
 
 
 def _no_labels(rows: int) -> pa.ChunkedArray:
     return pa.chunked_array([pa.nulls(rows, pa.string())])
 
 
-def check_columns(columns: Sequence[str], asked: Sequence[str], where: str) -> None:
-    """Raises DataError where one that is asked for (text, label, group) is not among `columns`."""
-    for key, wanted in zip(("text", "label", "group"), asked, strict=False):
+def check_columns(columns: Sequence[str], asked: Mapping[str, str], where: str) -> None:
+    """Raises DataError where one that is asked for, under the key that names it, is not among `columns`."""
+    for key, wanted in asked.items():
         if wanted not in columns:
             there = ", ".join(f"'{column}'" for column in columns[:20]) + (" …" if len(columns) > 20 else "")
             raise DataError(
@@ -208,7 +209,7 @@ def _as_words(column: pa.ChunkedArray, feature: Any) -> pa.ChunkedArray:
     return pc.cast(column, pa.string())
 
 
-def _read_table(kind: Kind, file: Path, columns: Sequence[str], scratch: Path) -> Dataset:
+def _read_table(kind: Kind, file: Path, columns: Mapping[str, str], scratch: Path) -> Dataset:
     if kind in ("csv", "tsv"):
         delimiter = "," if kind == "csv" else "\t"
         rows = check_lines(file, delimiter, lambda header: check_columns(header, columns, str(file)))
@@ -219,7 +220,7 @@ def _read_table(kind: Kind, file: Path, columns: Sequence[str], scratch: Path) -
             sep=delimiter,
             encoding="utf-8",
             # Strings in all of them: else "007" is read as 7, and a class called "None" or "NA" as missing.
-            features=Features({column: Value("string") for column in columns}),
+            features=Features({column: Value("string") for column in columns.values()}),
             keep_default_na=False,
             na_values=[""],
         )
@@ -231,7 +232,7 @@ def _read_table(kind: Kind, file: Path, columns: Sequence[str], scratch: Path) -
         return table
     if kind == "parquet":
         _check_parquet(file, columns)
-        return _load(file, "parquet", scratch, columns=list(columns))
+        return _load(file, "parquet", scratch, columns=list(columns.values()))
     return _load(file, "json", scratch)
 
 
@@ -268,7 +269,7 @@ def check_lines(file: Path, delimiter: str, check_header: Callable[[list[str]], 
     return rows
 
 
-def _check_parquet(file: Path, columns: Sequence[str]) -> None:
+def _check_parquet(file: Path, columns: Mapping[str, str]) -> None:
     try:
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:

@@ -26,7 +26,7 @@ from toolkit.errors import DataError, ToolkitError
 from toolkit.normalise import normalise_row
 
 _BYTES_FOR_A_BAR = 100_000_000
-_FEATURES = Features({"text": Value("string"), "fault": Value("string"), "where": Value("string")})
+_FEATURES = Features({name: Value("string") for name in ("text", "group", "fault", "where")})
 Canonical = Callable[[Mapping[str, Any]], str]
 What = tuple[str, str]
 """What rows are to be, in the plural, and how to let them be that."""
@@ -68,7 +68,7 @@ def gather_rows(
         DataError: data that is missing, or of which too many rows are unfit.
     """
     normal = partial(_normal, canonical=canonical, steps=config.normalise) if config.normalise else canonical
-    read = partial(_read, canonical=normal, what=what, most=config.max_bad_rows, of_lines=of_lines)
+    read = partial(_read, canonical=normal, what=what, config=config, of_lines=of_lines)
     if places is None:
         places = find_places(config, "file" if of_lines else None)
     corpus = gather_places(config, read, places, settings, words=words)
@@ -100,7 +100,7 @@ def _read(
     scratch: Path,
     canonical: Canonical,
     what: What,
-    most: int,
+    config: SourcesConfig,
     of_lines: OfLines | None,
 ) -> Iterator[Rows]:
     if isinstance(place, Part):
@@ -122,9 +122,8 @@ def _read(
         rows = splits.get(role, splits["train"])
         sources = [(place.name, partial(iter, rows), rows.nbytes)]
     for name, rows_of, size in sources:
-        yield fit_texts(
-            name, partial(canonical_texts, name, rows_of, canonical, what, most), scratch, bar=size >= _BYTES_FOR_A_BAR
-        )
+        texts = partial(canonical_texts, name, rows_of, canonical, what, config)
+        yield fit_texts(name, texts, scratch, bar=size >= _BYTES_FOR_A_BAR)
 
 
 def fit_texts(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
@@ -138,26 +137,29 @@ def fit_texts(name: str, generate: Any, scratch: Path, *, bar: bool) -> Rows:
         if isinstance(cause, ToolkitError):
             raise cause from error
         raise DataError(f"{name} cannot be read: {cause}", "Check that its content is what its name says.") from error
-    columns = table.select_columns(["fault", "where"]).with_format("arrow")[:]
+    columns = table.select_columns(["group", "fault", "where"]).with_format("arrow")[:]
     kept = pa.compute.is_null(columns.column("fault")).to_numpy().nonzero()[0]
     unfit = columns.filter(pa.compute.is_valid(columns.column("fault"))).to_pydict()
     faults = tuple(zip(unfit["where"], unfit["fault"], strict=True))
-    return Rows(table.select(kept).select_columns(["text"]), faults)
+    return Rows(table.select(kept).select_columns(["text"]), columns.column("group").take(kept), faults)
 
 
-def canonical_texts(name: str, rows_of: Any, canonical: Canonical, what: What, most: int) -> Iterator[dict[str, Any]]:
-    """The texts of the rows of a source, or what is wrong with a row.
+def canonical_texts(
+    name: str, rows_of: Any, canonical: Canonical, what: What, config: SourcesConfig
+) -> Iterator[dict[str, Any]]:
+    """The texts of the rows of a source and what keeps them together, or what is wrong with a row.
 
     Raises:
-        DataError: that is so of more than `most`.
+        DataError: that is so of more than `config.max_bad_rows`.
     """
     unfit: list[str] = []
+    most = config.max_bad_rows
     for number, row in enumerate(rows_of(), start=1):
         where = f"row {number} of {name}"
         try:
             if isinstance(row, Unfit):
                 raise row
-            yield {"text": canonical(row), "fault": None, "where": None}
+            yield {"text": canonical(row), "group": group_of(row, config.group), "fault": None, "where": None}
         except Unfit as reason:
             unfit.append(f"{where}, because {reason}")
             if len(unfit) > most:
@@ -165,7 +167,23 @@ def canonical_texts(name: str, rows_of: Any, canonical: Canonical, what: What, m
                     f"more than {most} rows of {name} are no {what[0]} to learn from, as {'; '.join(unfit[:5])}",
                     f"Mend them, {what[1]}, or raise --data.max_bad_rows.",
                 ) from None
-            yield {"text": None, "fault": str(reason), "where": where}
+            yield {"text": None, "group": None, "fault": str(reason), "where": where}
+
+
+def group_of(row: Mapping[str, Any], column: str | None) -> str | None:
+    """What keeps a row together with others; None where it stands alone.
+
+    Raises:
+        Unfit: it has no such column, or one of lists or objects.
+    """
+    if column is None:
+        return None
+    if column not in row:
+        raise Unfit(f"they have no column '{column}' (--data.group) but {', '.join(map(str, row))}")
+    name = row[column]
+    if isinstance(name, list | dict):
+        raise Unfit(f"their column '{column}' (--data.group) holds no word or number")
+    return None if name is None or name == "" else str(name)
 
 
 def rows_of_file(file: Path, kind: str, of_lines: OfLines | None = None) -> Iterator[Mapping[str, Any] | Unfit]:

@@ -194,7 +194,7 @@ def _read(
 ) -> Iterator[Rows]:
     for source in _sources(place, config):
         canonical = functools.partial(_canonical, source=source, config=config, digests=digests, said=said)
-        texts = functools.partial(canonical_texts, source.name, source.rows, canonical, _WHAT, config.max_bad_rows)
+        texts = functools.partial(canonical_texts, source.name, source.rows, canonical, _WHAT, config)
         yield fit_texts(source.name, texts, scratch, bar=len(digests) >= ROWS_FOR_A_BAR // 10)
 
 

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from toolkit.data.clean import (
     DROPPED,
@@ -25,6 +27,7 @@ from toolkit.data.clean import (
     Rows,
     drop_leaks,
     group_texts,
+    hashed,
 )
 from toolkit.data.files import ROLES
 from toolkit.errors import ConfigError, DataError
@@ -110,7 +113,7 @@ def split(config: Shares, cleaned: Cleaned, given: Container[str], units: Keys |
     taken = {role for role in (VALIDATION, TEST) if ROLES[role] not in given}
     repeats = parted = 0
     if units is not None:
-        roles, parted = _hold_out_units(config, roles, units, taken)
+        roles, parted = hold_out_groups(config, roles, units, taken)
         _check_trained(roles, codes, cleaned.labels, "stand in groups")
     else:
         roles = hold_out(config, roles, codes, order, taken, cleaned.labels)
@@ -138,7 +141,34 @@ def split(config: Shares, cleaned: Cleaned, given: Container[str], units: Keys |
     return Split(roles, repeats, tuple(warnings))
 
 
-def _hold_out_units(config: HeldOut, roles: Roles, units: Keys, taken: Container[int]) -> tuple[Roles, int]:
+def keys_of_groups(groups: pa.ChunkedArray, keys: Keys) -> Keys:
+    """128 bits for the group of each row, in two words; a row without one is a group of its own.
+
+    Args:
+        groups: strings or nulls.
+        keys: of the rows.
+    """
+    coded = pa.concat_arrays(groups.dictionary_encode().unify_dictionaries().chunks)
+    words = np.concatenate([hashed(name.strip() for name in coded.dictionary.to_pylist()), np.zeros((1, 2), np.uint64)])
+    known = pc.fill_null(coded.indices, len(words) - 1).to_numpy(zero_copy_only=False)
+    return np.where((known == len(words) - 1)[:, None], keys, words[known])
+
+
+def hold_out_groups(config: HeldOut, roles: Roles, units: Keys, taken: Container[int]) -> tuple[Roles, int]:
+    """Take the splits in `taken` from the training data, whole groups at a time.
+
+    Args:
+        config: shares, folds and seed.
+        roles: splits that were given, or `DROPPED`.
+        units: from `keys_of_groups`.
+        taken: the splits that were not given.
+
+    Returns:
+        The split of each row, and how many were dropped because their group is in a split that is held out.
+
+    Raises:
+        DataError: there are fewer groups than splits or folds.
+    """
     there = len(np.unique(group_texts(units)[roles == TRAIN]))
     held_out = len([role for role in (VALIDATION, TEST) if role in taken])
     needed = max(1 + held_out, config.folds or 0)

@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, load_from_disk
 
 from toolkit.config import TextDataConfig
-from toolkit.data.clean import Cleaned, Keys, clean, hashed
+from toolkit.data.clean import Cleaned, clean
 from toolkit.data.files import ROLES, Role
 from toolkit.data.mapping import ROWS_FOR_A_BAR, normalised_texts, quiet
 from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.sources import Corpus, Source, digest, read, resolve
-from toolkit.data.split import Split, check_shares, split
+from toolkit.data.split import Split, check_shares, keys_of_groups, split
 from toolkit.data.stages import Stages
 from toolkit.data.tokenize import EDGES, check_tokenizer, length_histogram, tokenize, tokenizer_fingerprint
 from toolkit.errors import DataError
@@ -112,19 +111,10 @@ def cleaned_and_split(
     corpus = dataclasses.replace(corpus, texts=texts)
     stages = Stages(corpus.texts)
     cleaned = clean(corpus, config, scratch, stages.note)
-    units = None if corpus.groups is None else _units(corpus.groups, cleaned.keys)
+    units = None if corpus.groups is None else keys_of_groups(corpus.groups, cleaned.keys)
     chosen = split(config, cleaned, [ROLES[role] for role in np.unique(corpus.roles)], units)
     stages.note("beyond the wished number, or in another split", chosen.roles)
     return corpus, cleaned, chosen, stages.facts
-
-
-def _units(groups: pa.ChunkedArray, keys: Keys) -> Keys:
-    """128 bits for each group, in two words; a row without one is a group of its own."""
-    coded = pa.concat_arrays(groups.dictionary_encode().unify_dictionaries().chunks)
-    names = hashed(name.strip() for name in coded.dictionary.to_pylist())
-    words = np.concatenate([names, np.zeros((1, 2), np.uint64)])
-    known = pc.fill_null(coded.indices, len(words) - 1).to_numpy(zero_copy_only=False)
-    return np.where((known == len(words) - 1)[:, None], keys, words[known])
 
 
 def _prepare(config: TextDataConfig, source: Source, tokenizer: Any, result: Path, scratch: Path) -> None:

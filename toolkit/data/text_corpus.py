@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, concatenate_datasets
 
 from toolkit import samples
@@ -28,7 +29,7 @@ from toolkit.data.mapping import ROWS_FOR_A_BAR, normalised_texts, quiet
 from toolkit.data.near import check_near, drop_near
 from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.sources import file_digest, find_parallel, find_part, is_local, sample_parts
-from toolkit.data.split import check_folds, hold_out, limit, shuffle_key
+from toolkit.data.split import check_folds, hold_out, hold_out_groups, keys_of_groups, limit, shuffle_key
 from toolkit.data.stages import Stages
 from toolkit.data.stored import load_splits, save_splits
 from toolkit.errors import ConfigError, DataError
@@ -36,7 +37,7 @@ from toolkit.normalise import check_normalisation
 
 _REVISION = 4
 """To be raised with every change of this package that changes its result: older caches are then not used."""
-_SPLITS = ("validation_share", "test_share", "folds", "fold", "train_texts", "split_seed", "deduplicate")
+_SPLITS = ("validation_share", "test_share", "folds", "fold", "group", "train_texts", "split_seed", "deduplicate")
 _CLEANING = ("normalise", "min_chars", "max_chars", "languages", "near_duplicates", "decontaminate")
 Place = Part | HubData
 
@@ -47,10 +48,12 @@ class Rows:
 
     Attributes:
         texts: one column, `text`: string or null.
+        groups: strings or nulls, as many; None where they were not asked for.
         faults: why rows were left out, a reason each, behind where it is.
     """
 
     texts: Dataset
+    groups: pa.ChunkedArray | None = None
     faults: tuple[tuple[str, str], ...] = ()
 
 
@@ -211,20 +214,29 @@ class _Read:
     texts: Dataset
     roles: Roles
     sources: npt.NDArray[np.int32]
+    groups: pa.ChunkedArray | None
     faults: tuple[tuple[str, str], ...]
 
 
 def _read_all(read: Reader, places: Mapping[Role, Sequence[Place]], scratch: Path) -> _Read:
     tables, roles, sources = [], [], []
+    groups: list[pa.Array] = []
     faults: list[tuple[str, str]] = []
     for role, found in places.items():
         for number, place in enumerate(found):
             for piece in read(place, role, scratch):
                 tables.append(piece.texts)
+                groups += [] if piece.groups is None else piece.groups.chunks
                 faults += piece.faults
                 roles += [ROLES.index(role)] * len(piece.texts)
                 sources += [number] * len(piece.texts)
-    return _Read(concatenate_datasets(tables), np.array(roles, np.int8), np.array(sources, np.int32), tuple(faults))
+    return _Read(
+        concatenate_datasets(tables),
+        np.array(roles, np.int8),
+        np.array(sources, np.int32),
+        pa.chunked_array(groups, pa.string()) if groups else None,
+        tuple(faults),
+    )
 
 
 def _prepare(
@@ -293,7 +305,12 @@ def _cleaned_and_split(
             "few to hold some out",
             "Give more texts; for .txt files, --data.texts_in paragraph or line makes more of one file.",
         )
-    kept = hold_out(config, kept, one_class, order, taken, ("text",))
+    if rows.groups is None:
+        kept = hold_out(config, kept, one_class, order, taken, ("text",))
+    else:
+        kept, parted = hold_out_groups(config, kept, keys_of_groups(rows.groups, keyed.keys), taken)
+        dropped |= {"of a group in a held-out split": parted}
+        stages.note("of a group in a held-out split", kept)
     if not config.deduplicate:
         kept, _ = drop_leaks(kept, groups)  # repeats may be trained on, but not tested on
     kept, contaminated = drop_contaminated(contents, kept, config.decontaminate)
@@ -320,13 +337,16 @@ def _warnings(faults: Sequence[tuple[str, str]]) -> list[str]:
 
 def _read_texts(place: Place, role: Role, scratch: Path, config: CorpusConfig) -> Iterator[Rows]:
     if isinstance(place, Part):
-        tables: Iterator[Dataset] = (found.texts for found in read_part(place, config.text, None, scratch))
+        tables = read_part(place, config.text, None, scratch, config.group)
     else:
-        splits = dict(read_hub(place, config.text, None))
+        splits = dict(read_hub(place, config.text, None, config.group))
         # Of a data set with splits the one of that role, where it has it.
-        tables = iter([splits.get(role, splits["train"]).texts])
-    for texts in tables:
+        tables = iter([splits.get(role, splits["train"])])
+    for found in tables:
         title = f"Normalising {len(list(scratch.iterdir()))}"
         yield Rows(
-            normalised_texts(texts, config.normalise, processes=config.tokenize_processes, scratch=scratch, title=title)
+            normalised_texts(
+                found.texts, config.normalise, processes=config.tokenize_processes, scratch=scratch, title=title
+            ),
+            found.groups,
         )

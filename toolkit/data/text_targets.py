@@ -65,11 +65,6 @@ def labelled_texts(config: TextDataConfig, tokenizer: Any) -> TextClassification
         )
     if config.text_pair is None and config.target == "class":
         return text_classification(config, tokenizer)
-    if config.group is not None:
-        raise ConfigError(
-            f"--data.group {config.group} has no effect on pairs, several labels or numbers",
-            "Give the splits yourself with --data.validation and --data.test.",
-        )
     warnings = check_tokenizer(tokenizer, config.max_length)
     sources, corpus = _gather(config)
     names = _names(config, corpus)
@@ -111,6 +106,7 @@ def _gather(config: TextDataConfig) -> tuple[SourcesConfig, TextCorpus]:
         split_seed=config.split_seed,
         folds=config.folds,
         fold=config.fold,
+        group=config.group,
         normalise=config.normalise,
         deduplicate=config.deduplicate,
         tokenize_processes=config.tokenize_processes,

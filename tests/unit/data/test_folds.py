@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolkit.config import CorpusConfig, TextDataConfig
-from toolkit.data import text_corpus
+from tests.parity.job import tiny_tokenizer
+from toolkit.config import CorpusConfig, SourcesConfig, TextDataConfig
+from toolkit.data import labelled_texts, text_corpus
+from toolkit.data.rows import gather_rows, write
 from toolkit.data.sources import resolve
 from toolkit.data.split import check_folds
 from toolkit.data.text_classification import cleaned_and_split
@@ -120,6 +123,46 @@ def test_authors_that_are_held_out_are_not_trained_on(authors: Path, tmp_path: P
     assert any("23 rows were dropped because rows of their group" in warning for warning in chosen.warnings)
 
 
+@pytest.mark.parametrize("kind", ["texts", "rows"])
+def test_no_author_of_any_rows_is_parted(kind: str, authors: Path, tmp_path: Path) -> None:
+    """Plain texts and rows of whatever kind; and each row is in the test of one fold."""
+    who = dict(line.rsplit(",", 2)[::2] for line in authors.read_text().splitlines()[1:])
+
+    def parts(**settings: Any) -> list[list[str]]:
+        options: dict[str, Any] = {"name": (str(authors),), "group": "who", **settings}
+        if kind == "texts":
+            splits = text_corpus(CorpusConfig(**options)).splits
+            return [list(splits[role]["text"]) for role in ("train", "validation", "test")]
+        splits = gather_rows(SourcesConfig(**options), write, ("rows", "mend them"), {"kind": "any"}, str).splits
+        return [[json.loads(row)["text"] for row in splits[role]["text"]] for role in ("train", "validation", "test")]
+
+    tested: list[str] = []
+    for fold in range(4):
+        found = parts(folds=4, fold=fold, validation_share=0.2)
+        whose = [{who[text] for text in part} - {""} for part in found]
+        assert len(set.union(*whose)) == sum(map(len, whose)) == 12
+        assert sum(map(len, found)) == 80
+        tested += found[2]
+    assert len(tested) == len(set(tested)) == 80
+    held = tmp_path / "held.csv"
+    held.write_text("text,label,who\nanother text,good,author l\none more,bad,author k\n", encoding="utf-8")
+    train, validation, test = parts(test=(str(held),), validation_share=0.2)
+    assert len(test) == 2
+    assert len(train) + len(validation) == 80 - 12 - 11, "of whom a text is in the test"
+
+
+def test_no_author_of_numbers_is_parted(authors: Path, tmp_path: Path) -> None:
+    rows = [f"text number {row},{row / 40 - 1},author {row % 9}" for row in range(80)]
+    (tmp_path / "numbers.csv").write_text("\n".join(["text,label,who", *rows]), encoding="utf-8")
+    data = labelled_texts(
+        TextDataConfig(name=str(tmp_path / "numbers.csv"), target="number", group="who"), tiny_tokenizer()
+    )
+    whose = [
+        {round((value + 1) * 40) % 9 for value in part["label"]} for part in (data.train, data.validation, data.test)
+    ]
+    assert len(set.union(*whose)) == sum(map(len, whose)) == 9
+
+
 def test_groups_that_are_refused(authors: Path, reviews: Path, tmp_path: Path) -> None:
     def read(**settings: Any) -> None:
         config = TextDataConfig(**{"name": str(authors), "group": "who"} | settings)
@@ -133,7 +176,13 @@ def test_groups_that_are_refused(authors: Path, reviews: Path, tmp_path: Path) -
     ):
         with pytest.raises((ConfigError, DataError), match=message):
             read(**settings)
+    with pytest.raises(DataError, match="no column 'whom'"):
+        text_corpus(CorpusConfig(name=(str(authors),), group="whom"))
+    with pytest.raises(DataError, match=r"14 groups in the training data, where 20 splits or folds take 20"):
+        text_corpus(CorpusConfig(name=(str(authors),), group="who", folds=20))
     (tmp_path / "texts" / "good").mkdir(parents=True)
     (tmp_path / "texts" / "good" / "1.txt").write_text("a text")
     with pytest.raises(DataError, match="text files have no column 'who'"):
         read(name=str(tmp_path / "texts"))
+    with pytest.raises(DataError, match="text files have no column 'who'"):
+        text_corpus(CorpusConfig(name=(str(tmp_path / "texts" / "good"),), group="who"))

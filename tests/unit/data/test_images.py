@@ -160,6 +160,24 @@ def test_faults_are_told_with_their_places(rows: list[tuple[bytes, str]], tmp_pa
         refused(folder, "5 images cannot be learnt from", "cut.png, because it is damaged", max_bad_rows=4)
 
 
+def test_no_patient_is_parted(rows: list[tuple[bytes, str]], tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", rows)
+    files = sorted(folder.rglob("*.png"))
+    patient = {file.read_bytes(): f"patient {number % 11}" for number, file in enumerate(files)}
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as out:
+        lines = [(str(file.relative_to(folder)), file.parent.name, patient[file.read_bytes()]) for file in files]
+        csv.writer(out).writerows([("image", "label", "patient"), *lines])
+    tested: list[bytes] = []
+    for fold in range(3):
+        data = prepare(folder / "table.csv", group="patient", folds=3, fold=fold)
+        whose = [{patient[image] for image in part["image"]} for part in (data.train, data.validation, data.test)]
+        assert len(set.union(*whose)) == sum(map(len, whose)) == 11
+        tested += data.test["image"]
+    assert len(tested) == len(set(tested)) == len(files)
+    refused(folder / "table.csv", "has no column 'doctor'", "--data.group", group="doctor")
+    refused(write_folder(tmp_path / "another", rows), "folders of images have no column 'patient'", group="patient")
+
+
 def test_rows_of_tables_are_told_by_number(rows: list[tuple[bytes, str]], tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", rows)
     lines = [(str(file), file.parent.name) for file in sorted(folder.rglob("*.png"))]

@@ -25,7 +25,7 @@ from toolkit.data.images.sources import Place, Source, digest_images, read_image
 from toolkit.data.mapping import ROWS_FOR_A_BAR, process_count, quiet
 from toolkit.data.prepared import fingerprint, prepared
 from toolkit.data.rows import Unfit
-from toolkit.data.split import check_shares, split
+from toolkit.data.split import check_shares, keys_of_groups, split
 from toolkit.data.stored import load_splits, save_splits
 from toolkit.errors import ConfigError, DataError
 
@@ -38,6 +38,7 @@ _FOUND = Features(
         for name, kind in (
             ("image", "binary"),
             ("label", "string"),
+            ("group", "string"),
             ("where", "string"),
             ("fault", "string"),
             ("role", "int8"),
@@ -153,7 +154,10 @@ def _prepare(config: ImageDataConfig, source: Source, result: Path, scratch: Pat
     roles = np.asarray(table["role"], np.int8)
     given = [ROLES[role] for role in np.unique(roles)]
     cleaned = _clean(table, roles, columns, config)
-    chosen = split(config, cleaned, given)
+    units = None
+    if config.group is not None:
+        units = keys_of_groups(table.select_columns(["group"]).with_format("arrow")[:].column("group"), cleaned.keys)
+    chosen = split(config, cleaned, given, units)
     facts: dict[str, Any] = {
         "labels": cleaned.labels,
         "stages": _stages(faults, len(table), cleaned.dropped, int(np.sum(chosen.roles != DROPPED))),
@@ -183,10 +187,11 @@ def _prepare(config: ImageDataConfig, source: Source, result: Path, scratch: Pat
 def _read(config: ImageDataConfig, source: Source, scratch: Path) -> Dataset:
     """All images on the disk, in one numbering: training rows first, then validation, then test."""
     places = [(role, source[role]) for role in ROLES if role in source]
+    columns = {key: name for key in ("image", "label", "group") if (name := getattr(config, key)) is not None}
     with quiet(bars=False):
         try:
             table = Dataset.from_generator(
-                functools.partial(_rows, places, config.image, config.label),
+                functools.partial(_rows, places, columns),
                 features=_FOUND,
                 cache_dir=str(scratch / "rows"),
                 fingerprint="images",
@@ -196,12 +201,13 @@ def _read(config: ImageDataConfig, source: Source, scratch: Path) -> Dataset:
     return table
 
 
-def _rows(places: list[tuple[Role, Place]], image: str, label: str) -> Iterator[dict[str, Any]]:
+def _rows(places: list[tuple[Role, Place]], columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for role, place in places:
-        for found in read_images(place, image, label):
+        for found in read_images(place, columns):
             yield {
                 "image": found.data,
                 "label": found.label,
+                "group": found.group,
                 "where": found.where,
                 "fault": found.fault or None,
                 "role": ROLES.index(role),

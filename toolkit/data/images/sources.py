@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from toolkit import samples
 from toolkit.config import ImageDataConfig
 from toolkit.data.files import ROLE_OF_WORD, Part, Role
 from toolkit.data.images.processor import SUFFIXES
-from toolkit.data.rows import Unfit, rows_of_file
+from toolkit.data.rows import Unfit, group_of, rows_of_file
 from toolkit.data.sources import file_digest, find_part
 from toolkit.errors import ConfigError, DataError, nearest
 
@@ -43,12 +44,14 @@ class Found:
         data: bytes of its file; empty where there is a fault.
         label: its class.
         where: it stands, for messages.
+        group: what keeps it together with others; None where it stands alone.
         fault: why it is unfit; empty where nothing is known yet.
     """
 
     data: bytes
     label: str
     where: str
+    group: str | None = None
     fault: str = ""
 
 
@@ -63,6 +66,8 @@ def resolve_images(config: ImageDataConfig) -> Source:
         raise ConfigError(
             f"--data.image and --data.label both name the column '{config.image}'", "Name the column of the classes."
         )
+    if config.group in (config.image, config.label):
+        raise ConfigError(f"--data.group {config.group} is the image or the label too", "Name another column.")
     if config.name.startswith("sample:"):
         found = _sample(config.name)
     else:
@@ -80,18 +85,22 @@ def digest_images(source: Source) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_images(place: Place, image: str, label: str) -> Iterator[Found]:
+def read_images(place: Place, columns: Mapping[str, str]) -> Iterator[Found]:
     """All images of a split.
 
     Args:
         place: where they lie.
-        image: column of the paths or bytes.
-        label: column of the classes.
+        columns: of the paths or bytes (`image`), of the classes (`label`), and of what keeps images together (`group`),
+            if anything does.
 
     Raises:
-        DataError: a table lacks a column or cannot be read.
+        DataError: there are no columns, or a table lacks a column or cannot be read.
     """
     if isinstance(place, Photos):
+        if "group" in columns:
+            raise DataError(
+                f"folders of images have no column '{columns['group']}'", "Leave --data.group out, or give a table."
+            )
         for file, name in zip(place.files, place.classes, strict=True):
             yield _of_file(file, name, str(file))
         return
@@ -102,10 +111,11 @@ def read_images(place: Place, image: str, label: str) -> Iterator[Found]:
                 try:
                     if isinstance(row, Unfit):
                         raise row
-                    _check_columns(row, (("image", image), ("label", label)), table)
-                    yield _of_row(row[image], row[label], table.parent, where)
+                    _check_columns(row, columns, table)
+                    found = _of_row(row[columns["image"]], row[columns["label"]], table.parent, where)
+                    yield dataclasses.replace(found, group=group_of(row, columns.get("group")))
                 except Unfit as reason:
-                    yield Found(b"", "", where, str(reason))
+                    yield Found(b"", "", where, fault=str(reason))
         except (OSError, ValueError) as error:  # pyarrow's errors are among these
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(
@@ -130,15 +140,15 @@ def _of_file(file: Path, label: str, where: str) -> Found:
     try:
         return Found(file.read_bytes(), label, where)
     except FileNotFoundError:
-        return Found(b"", label, where, f"there is no file {file}")
+        return Found(b"", label, where, fault=f"there is no file {file}")
     except OSError as error:
-        return Found(b"", label, where, f"{file} cannot be read: {error.strerror}")
+        return Found(b"", label, where, fault=f"{file} cannot be read: {error.strerror}")
 
 
-def _check_columns(row: Mapping[str, Any], wanted: tuple[tuple[str, str], ...], table: Path) -> None:
+def _check_columns(row: Mapping[str, Any], columns: Mapping[str, str], table: Path) -> None:
     if None in row:
         raise Unfit("it has more fields than the first line names")
-    for key, column in wanted:
+    for key, column in columns.items():
         if column not in row:
             there = ", ".join(f"'{name}'" for name in list(row)[:20])
             raise DataError(
