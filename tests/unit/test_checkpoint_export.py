@@ -50,7 +50,11 @@ from toolkit.checkpoint.export import (
     write_model,
 )
 from toolkit.checkpoint.manifest import read_manifest, write_manifest
+from toolkit.config import NextItemNetworkConfig, TableNetworkConfig
+from toolkit.data.tables import Catalogue, Preprocessor
 from toolkit.errors import CheckpointError, ModelError
+from toolkit.networks.next_item import next_item_network
+from toolkit.networks.tables import table_network
 
 LAST = Path("checkpoints/step_00000030")
 
@@ -68,6 +72,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
         return made[key]
 
     return make
+
+
+@pytest.mark.parametrize("kind", ["mlp", "ft_transformer", "next_item"])
+def test_networks_that_read_no_tokens_of_texts(kind: Any, tmp_path: Path) -> None:
+    """Rows of tables and sequences of items, with what says how they are read."""
+    reading: Any = Catalogue(("a", "b", "c"), ("A", "B", "C"), (3, 2, 1), exclude_seen=True)
+    if kind == "next_item":
+        model = next_item_network(NextItemNetworkConfig(), 3, 20, seed=0)
+    else:
+        model = table_network(TableNetworkConfig(architecture=kind), 3, (4, 5), 2, seed=0)
+        reading = Preprocessor.from_json(
+            {"target": "x", "labels": ["a", "b"], "scale": None, "kinds": {"y": "category"}, "numbers": []}
+            | {"categories": {"y": ["u", "v"]}, "clip": 5.0, "missing_values": ["NA"]}
+        )
+    write_base(model, reading, tmp_path / "base")
+    proof = export_model(tmp_path / "base", model.state_dict(), tmp_path / "model", "5GB")
+    assert proof.weight_difference == proof.logit_difference == 0
+    assert load_tokenizer(tmp_path / "model") == reading
 
 
 @pytest.fixture

@@ -21,9 +21,13 @@ from toolkit.adapters import adapter_of
 from toolkit.checkpoint.joined import load_weights, state_digest
 from toolkit.data.images import FILE as IMAGE_PROCESSOR
 from toolkit.data.images import load_processor
+from toolkit.data.tables import Catalogue, Preprocessor
+from toolkit.data.tables.events import FILE as ITEMS
+from toolkit.data.tables.preprocess import FILE as TABLE
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.folders import written_aside
 from toolkit.networks import architecture
+from toolkit.networks.tables import TableConfig
 from toolkit.strategies.deepspeed_library import quiet
 
 __all__ = [
@@ -198,6 +202,10 @@ def load_tokenizer(base: Path) -> Any:
     """
     try:
         with quiet_libraries():
+            if (base / TABLE).is_file():
+                return Preprocessor.from_pretrained(base)
+            if (base / ITEMS).is_file():
+                return Catalogue.from_pretrained(base)
             if (base / IMAGE_PROCESSOR).is_file() and not (base / "tokenizer_config.json").is_file():
                 return load_processor(base)
             if (base / "processor_config.json").is_file():  # which holds one, and what makes features of recordings
@@ -213,12 +221,17 @@ def load_tokenizer(base: Path) -> Any:
 
 
 def probe_batch(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """A small batch, always the same, that a model of this configuration answers: (2, 12) tokens and a mask, images or
-    sound.
+    """A small batch, always the same, that a model of this configuration answers: (2, 12) tokens and a mask, images,
+    sound or rows of a table.
 
     Raises:
         CheckpointError: the model reads none of these.
     """
+    if isinstance(config, TableConfig):
+        generator = torch.Generator().manual_seed(0)
+        columns = [torch.randint(size, (8,), generator=generator) for size in config.category_sizes]
+        categories = torch.stack(columns, 1) if columns else torch.empty(8, 0, dtype=torch.long)
+        return {"numbers": torch.randn(8, config.numbers, generator=generator), "categories": categories}
     text = config.get_text_config()
     if not getattr(text, "vocab_size", None) and (channels := getattr(config, "num_channels", None)):
         side = getattr(config, "image_size", 32)
