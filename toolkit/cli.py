@@ -241,7 +241,7 @@ COMMANDS: dict[str, Command | Group] = {
     "matrix": _of_module(
         "list which strategies, quantizations and adapters go together, and why not", "toolkit.matrix"
     ),
-    "merge": _of_module("make an adapter part of its base: a whole model, proved to answer alike", "toolkit.merge"),
+    "merge": _of_module("make adapters part of their base: a whole model, proved to answer alike", "toolkit.merge"),
     "predict": _of_module(
         "put texts into classes, or go on with them: with the model of a run", "toolkit.predict.command"
     ),

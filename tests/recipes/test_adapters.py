@@ -145,6 +145,46 @@ def test_a_merged_model_that_would_answer_otherwise(
     assert not (tmp_path / "run" / "merged").exists()
 
 
+def test_several_adapters_on_one_base(
+    adapter_job: list[str], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(1, [*adapter_job, "--train.steps", "3", "--optim.lr", "1e-2", "--run.dir", "one"], tmp_path)
+    more = ["--run.seed", "7", "--adapter.rank", "2", "--adapter.targets", "query", "--run.dir", "two"]
+    train(1, [*adapter_job, "--train.steps", "3", "--optim.lr", "1e-2", *more], tmp_path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    weights = (0.75, 0.25)
+    options = ["--weights", *weights, "--out", tmp_path / "both"]
+    code, text = command(capsys, "merge", one, two, *options)
+    assert code == 0, text
+    assert "its logits differ from those of the sum of the adapters by at most" in text
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "both").state_dict()
+    apart = [plain_peft(tiny_base, run / "model").merge_and_unload().state_dict() for run in (one, two)]
+    moved = 0
+    for name, tensor in found.items():
+        expected = weights[0] * apart[0][name] + weights[1] * apart[1][name]
+        torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
+        moved += not torch.equal(apart[0][name], apart[1][name])
+    assert moved > 2
+    assert command(capsys, "predict", tmp_path / "both", TEXT)[0] == 0
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    other_weights(other)
+    train(1, [*adapter_job, "--train.steps", "1", "--model.name", str(other), "--run.dir", "three"], tmp_path)
+    for words, message in (
+        ([one, two], "2 adapters need --weights, a number for each of them"),
+        ([one, two, "--weights", "1"], "2 adapters need --weights"),
+        ([one, two, "--weights", "1", "1", "--out", "x"], "--weights come to 2, and classifier"),
+        ([one, two, "--weights", "0.5", "0.5"], "several adapters need --out"),
+        ([one, two, "--weights", "0.5", "0.5", "--out", "x", "--base", "quantized"], "--base quantized is for one"),
+        ([one, tmp_path / "three", "--weights", "0.5", "0.5", "--out", "x"], "were trained on other bases"),
+        ([one, "--weights", "0.5", "--out", "x"], "--weights has no effect on one adapter"),
+    ):
+        code, text = command(capsys, "merge", *words)
+        assert code == 2, words
+        assert message in text
+
+
 def other_weights(base: Path) -> None:
     weights = load_file(base / "model.safetensors")
     weights["encoder.layer.0.output.dense.weight"][0, 0] += 1e-3
