@@ -256,7 +256,7 @@ def _prepare(
     chosen = {name: np.flatnonzero(kept == role) for role, name in enumerate(ROLES)}
     if empty := [name for name, numbers in chosen.items() if not len(numbers)]:
         raise DataError(
-            f"the {empty[0]} split has no texts left after cleaning{_of_these(dropped)}",
+            f"the {empty[0]} split has no texts left after cleaning{_of_these(dropped)}{_because(rows.faults)}",
             "Give more or other texts, hold out a larger share, or drop fewer.",
         )
     facts = {
@@ -302,7 +302,7 @@ def _cleaned_and_split(
     if np.sum(kept == TRAIN) <= len(taken):
         raise DataError(
             f"{int(np.sum(kept == TRAIN))} training texts are left after cleaning{_of_these(dropped)}, which is too "
-            "few to hold some out",
+            f"few to hold some out{_because(rows.faults)}",
             "Give more texts; for .txt files, --data.texts_in paragraph or line makes more of one file.",
         )
     if rows.groups is None:
@@ -324,6 +324,11 @@ def _cleaned_and_split(
 def _of_these(dropped: Mapping[str, int]) -> str:
     told = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
     return f" (dropped: {told})" if told else ""
+
+
+def _because(faults: Sequence[tuple[str, str]]) -> str:
+    """Why rows were left out, behind an error that they led to."""
+    return f"; {_warnings(faults)[0]}" if faults else ""
 
 
 def _warnings(faults: Sequence[tuple[str, str]]) -> list[str]:
