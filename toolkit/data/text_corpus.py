@@ -249,6 +249,8 @@ def _prepare(
 ) -> None:
     """Write the splits and their facts to `result`."""
     rows = _read_all(read, places, scratch)
+    if not np.any(rows.roles == TRAIN):
+        raise DataError(f"the training data has no rows that can be used{_because(rows.faults)}", "Mend or add rows.")
     contents = Contents(rows.texts, words, config.tokenize_processes, scratch)
     stages = Stages(rows.texts, words, [f"{where}: {why}" for where, why in rows.faults])
     given = {ROLES.index(role) for role in places if places[role]}

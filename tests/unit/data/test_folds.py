@@ -179,7 +179,9 @@ def test_groups_that_are_refused(authors: Path, reviews: Path, tmp_path: Path) -
     with pytest.raises(DataError, match="no column 'whom'"):
         text_corpus(CorpusConfig(name=(str(authors),), group="whom"))
     with pytest.raises(DataError, match=r"80 malformed rows are left out: 80 because they have no column 'whom'"):
-        gather_rows(SourcesConfig(name=(str(authors),), group="whom"), write, ("rows", "mend them"), {}, str)
+        gather_rows(
+            SourcesConfig(name=(str(authors),), group="whom"), write, ("rows", "mend them"), {"kind": "any"}, str
+        )
     with pytest.raises(DataError, match=r"14 groups in the training data, where 20 splits or folds take 20"):
         text_corpus(CorpusConfig(name=(str(authors),), group="who", folds=20))
     (tmp_path / "texts" / "good").mkdir(parents=True)
