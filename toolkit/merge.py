@@ -123,20 +123,22 @@ def _check_several(folders: Sequence[Path], arguments: Namespace) -> None:
                 f"{adapter.base}), or with other modules beside them",
                 "Merge adapters of one base; to train one upon another, merge the first and begin with that model.",
             )
-    if first.whole and not math.isclose(sum(weights), 1, rel_tol=1e-6):
+    if not first.whole:
+        return
+    if not math.isclose(sum(weights), 1, rel_tol=1e-6):
         raise ConfigError(
             f"--weights come to {sum(weights):g}, and {', '.join(first.whole[:3])} were trained whole, of which there "
             "is a mean, but no sum",
             "Give weights that come to 1.",
         )
     labels = [AutoConfig.from_pretrained(folder, local_files_only=True).id2label for folder in folders]
-    if first.whole and any(other != labels[0] for other in labels):
+    if any(other != labels[0] for other in labels):
         raise ConfigError("the adapters know other classes", "Merge those of one task.")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the answers of the merged model are from those of the adapter.
+    """How far the answers of the merged model are from those that they are to be.
 
     Attributes:
         other: what it was held against, in words.

@@ -183,6 +183,11 @@ def test_several_adapters_on_one_base(
         code, text = command(capsys, "merge", *words)
         assert code == 2, words
         assert message in text
+    config = json.loads((two / "model" / "config.json").read_text())
+    config["id2label"] = {"0": "cheese", "1": "music", "2": "sport"}
+    (two / "model" / "config.json").write_text(json.dumps(config))
+    code, text = command(capsys, "merge", one, two, "--weights", "0.5", "0.5", "--out", "x")
+    assert (code, "the adapters know other classes" in text) == (2, True)
 
 
 def other_weights(base: Path) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 from toolkit import samples
 from toolkit.config import ImageDataConfig
-from toolkit.data.files import ROLE_OF_WORD, Part, Role
+from toolkit.data.files import ROLE_OF_WORD, Part, Role, check_columns
 from toolkit.data.images.processor import SUFFIXES
 from toolkit.data.rows import Unfit, group_of, rows_of_file
 from toolkit.data.sources import file_digest, find_part
-from toolkit.errors import ConfigError, DataError, nearest
+from toolkit.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def read_images(place: Place, columns: Mapping[str, str]) -> Iterator[Found]:
                 try:
                     if isinstance(row, Unfit):
                         raise row
-                    _check_columns(row, columns, table)
+                    if None in row:
+                        raise Unfit("it has more fields than the first line names")
+                    check_columns(list(row), columns, str(table))
                     found = _of_row(row[columns["image"]], row[columns["label"]], table.parent, where)
                     yield dataclasses.replace(found, group=group_of(row, columns.get("group")))
                 except Unfit as reason:
@@ -143,18 +145,6 @@ def _of_file(file: Path, label: str, where: str) -> Found:
         return Found(b"", label, where, fault=f"there is no file {file}")
     except OSError as error:
         return Found(b"", label, where, fault=f"{file} cannot be read: {error.strerror}")
-
-
-def _check_columns(row: Mapping[str, Any], columns: Mapping[str, str], table: Path) -> None:
-    if None in row:
-        raise Unfit("it has more fields than the first line names")
-    for key, column in columns.items():
-        if column not in row:
-            there = ", ".join(f"'{name}'" for name in list(row)[:20])
-            raise DataError(
-                f"{table} has no column '{column}'; it has {there}.{nearest(column, row)}",
-                f"Name the column of the {key}s with --data.{key}. The first line of a CSV or TSV file names them.",
-            )
 
 
 def _sample(name: str) -> dict[Role, Place]:
