@@ -99,7 +99,7 @@ class Job:
             return []
         with contextlib.suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(self._launcher.pid)
-            inner = [child for child in launcher.children() if "accelerate.commands.accelerate_cli" in _words(child)]
+            inner = [child for child in launcher.children() if any("accelerate_cli" in word for word in _words(child))]
             return [launcher, *inner]
         return []
 

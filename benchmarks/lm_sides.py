@@ -24,6 +24,7 @@ def recipe(name: str, target: Path, steps: int, options: Mapping[str, Any]) -> t
         "train.steps": steps,
         "precision": "bf16",
         "checkpoint.save_model": False,
+        "checkpoint.asynchronous": False,  # the peers write none, and hold no copy of weights and moments for it
         "checkpoint.every_minutes": None,
         "run.dir": target,
         "run.eval_every": steps,

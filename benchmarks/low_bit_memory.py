@@ -13,8 +13,6 @@ libraries and without what loading in fp32 took. The ratios are to fp32.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import sys
 from pathlib import Path
@@ -30,7 +28,7 @@ from benchmarks.side_by_side import Figures, machine, median, run
 from toolkit.adapters import add_adapter
 from toolkit.compute import fuse_loss
 from toolkit.config import AdapterConfig
-from toolkit.memory import peak_bytes
+from toolkit.memory import give_back_freed, peak_bytes
 from toolkit.models import locate
 from toolkit.precision import Reduced
 from toolkit.quantization import QUANTIZATIONS, LowBit, weight_bytes
@@ -101,8 +99,7 @@ def measure(side: str, name: str, tokens: int) -> Figures:
 
 def forget_the_load() -> None:
     """Loading in fp32 has held the most so far: give it back, and let the kernel count anew (Linux, glibc)."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back_freed()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an image's setting; each start would compile the modules anew
 
 from benchmarks.bert_cls_vs_trainer import BATCH, peer_script, recipe, write_texts
 from benchmarks.side_by_side import Figures, add_options, in_turns, machine, median, run, show, summary, write

@@ -32,7 +32,21 @@ from launch.processes import Parent
 
 CRASHED, USER_ERROR, RESUMABLE = 1, 2, 75  # the last is EX_TEMPFAIL of sysexits.h
 
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+_QUIETLY = """
+import subprocess, sys
+from accelerate.commands.accelerate_cli import main
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+try:
+    main()
+except (SignalException, KeyboardInterrupt, subprocess.CalledProcessError):
+    sys.exit(1)
+except ChildFailedError as error:
+    rank, failure = error.get_first_failure()
+    sys.exit(f"launch: rank {rank} ended first, with exit code {failure.exitcode}")
+"""
+"""Signals that it has handed on, and ranks that have said why they end: of them, accelerate alone makes tracebacks."""
+ACCELERATE = (sys.executable, "-c", _QUIETLY, "launch")
 
 THROUGH_FILES = ("--main_process_port", "0", "--rdzv_backend", "c10d", "--rdzv_conf", "store_type=file")
 """A rendezvous that opens no socket. It is no use in accelerate's file, which does not pass the back-end on."""

@@ -171,7 +171,8 @@ def left_out(model: Any) -> frozenset[str]:
     if adapter is None:
         return frozenset()
     changed = {f"{layer}.base_layer.weight" for layer in adapter.layers if adapter.config.name == "pissa"}
-    return frozenset(n for n, p in model.named_parameters() if not p.requires_grad and n not in changed)
+    named = model.named_parameters(remove_duplicate=False)  # a tied weight has two names
+    return frozenset(n for n, p in named if not p.requires_grad and n not in changed)
 
 
 def begins_at_zero(name: str) -> bool:

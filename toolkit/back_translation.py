@@ -17,10 +17,11 @@ from pathlib import Path
 from rich.console import Console as RichConsole
 from rich.progress import Progress
 
+from toolkit.arguments import whole
 from toolkit.errors import ConfigError, DataError, ModelError
 from toolkit.normalise import normalise
 from toolkit.predict import SavedModel, find_model, read_texts
-from toolkit.predict.command import count, silence_libraries
+from toolkit.predict.command import silence_libraries
 from toolkit.predict.kinds import TRANSLATOR, Answerer, load_answerer
 from toolkit.report import Console
 from toolkit.text_files import FILE_TYPES
@@ -35,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("back", metavar="BACK", type=Path, help="run that translates that language back")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help=".jsonl or .csv file to write; must be new")
     parser.add_argument("--text", metavar="COLUMN", help="column of the texts (default: text)")
-    parser.add_argument("--batch", type=count, default=_BATCH, help=f"texts of one forward pass (default: {_BATCH})")
+    parser.add_argument("--batch", type=whole(1), default=_BATCH, help=f"texts of one forward pass (default: {_BATCH})")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )

@@ -99,7 +99,7 @@ class Launcher:
 
     Attributes:
         strategy: `fsdp`, `zero1`, `zero2`, `zero3`, or None where it leaves the choice open.
-        precision: `bf16` or `fp16`, or None where it leaves the choice open. The launcher's own default, "no",
+        precision: `bf16`, `fp16` or `fp8`, or None where it leaves the choice open. The launcher's own default, "no",
             cannot be told from a wish for fp32, so it leaves the choice open too.
         options: the launcher's options for that strategy, by the names of the environment.
     """
@@ -118,8 +118,8 @@ class Launcher:
         env = _own(environment)
         _refuse_what_recipes_do_not_do(env)
         precision = env.get("ACCELERATE_MIXED_PRECISION", "no")
-        if precision not in ("no", "bf16", "fp16"):
-            raise LaunchError(f"the launcher asks for --mixed_precision {precision}", "Use no, bf16 or fp16.")
+        if precision not in ("no", "bf16", "fp16", "fp8"):
+            raise LaunchError(f"the launcher asks for --mixed_precision {precision}", "Use no, bf16, fp16 or fp8.")
         strategy, options = None, {}
         if _is_true(env, "ACCELERATE_USE_FSDP"):
             strategy = "fsdp"

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,26 +16,45 @@ from safetensors import SafetensorError
 
 from toolkit.errors import CheckpointError
 
+_WRITING = ".writing_"
+
+
+Guard = Callable[[], None]
+"""Called before something is published; raises where it must not be."""
+
+
+def unguarded() -> None:
+    """The guard of what no other process can take over."""
+
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def written_aside(target: Path, guard: Guard = unguarded) -> Iterator[Path]:
     """A new folder beside `target`, which takes its place when the block ends, and goes where it fails.
 
     A kill leaves the old `target`, the new one or none, and perhaps a hidden folder that the next call removes.
 
+    Args:
+        target: written to by one process, or by those of which `guard` lets the newest alone.
+        guard: called before the folder takes its place; raises where it must not.
+
     Raises:
         CheckpointError: there is no room, or no permission to write.
     """
-    aside, old = (target.with_name(f".{word}_{target.name}") for word in ("writing", "replaced"))
+    aside, old = _aside(target), target.with_name(f".replaced_{target.name}")
     try:
-        _remove(aside)
         _remove(old)
         aside.mkdir()
         yield aside
         _finish(aside)
+        guard()
         if os.path.lexists(target):
             target.rename(old)
-        aside.rename(target)
+        try:
+            aside.rename(target)
+        except FileNotFoundError:  # a newer writer has taken it away, and what we have moved may be its own
+            if os.path.lexists(old):
+                old.rename(target)
+            raise
         sync_folder(target.parent)
         _remove(old)
     except (OSError, SafetensorError) as error:
@@ -52,9 +72,8 @@ def file_written_aside(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: there is no room, or no permission to write.
     """
-    aside = target.with_name(f".writing_{target.name}")
+    aside = _aside(target)
     try:
-        _remove(aside)
         aside.mkdir()
         yield aside / target.name
         _finish(aside)
@@ -136,6 +155,20 @@ def sync_folder(folder: Path) -> None:
 def run_lock(run: Path) -> FileLock:
     """What a run's processes hold while they write to its folder."""
     return FileLock(run / ".lock")
+
+
+def remove_asides(folder: Path, name: str = "") -> None:
+    """Remove what is written aside in `folder`, or was when a kill came: all of it, or what was to become `name`."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith(f"{_WRITING}{name}~" if name else _WRITING) and "~" in path.name:
+                _remove(path)
+
+
+def _aside(target: Path) -> Path:
+    """A name that no other process has: whoever was stopped while it wrote, and wakes up, must not write to ours."""
+    remove_asides(target.parent, target.name)
+    return target.with_name(f"{_WRITING}{target.name}~{uuid.uuid4().hex[:8]}")
 
 
 def _finish(folder: Path) -> None:

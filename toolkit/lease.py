@@ -20,17 +20,17 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from toolkit.environment import Job
 from toolkit.errors import CheckpointError, FencedError
+from toolkit.folders import Guard as Guard
+from toolkit.folders import remove_asides
+from toolkit.folders import unguarded as unguarded
 
 FOLDER = ".lease"
-Guard = Callable[[], None]
-"""Called before something is published; raises where it must not be."""
 
 
 class Lease:
@@ -66,10 +66,6 @@ class Lease:
         if newest < self.number:
             raise FencedError(f"{self._run} was removed or emptied while it was written to", "Start the run again.")
         self._checked = now
-
-
-def unguarded() -> None:
-    """The guard of what no other process can take over."""
 
 
 def newest_lease(run: Path) -> int:
@@ -137,6 +133,7 @@ def _created(path: Path, holder: dict[str, Any]) -> bool:
 
 def _out_of_reach(run: Path) -> None:
     """Take from the former holder what it may have open for appending, or written aside and not yet renamed."""
+    remove_asides(run)
     for path in (*run.glob(".*.tmp"), *run.glob("*/.*.tmp"), run / "checkpoints" / ".latest.json"):
         path.unlink(missing_ok=True)
     for path in (run / "attempts.jsonl", run / "metrics.jsonl"):

@@ -11,6 +11,7 @@ from torch import nn
 
 from toolkit.config import OptimConfig
 from toolkit.errors import ConfigError
+from toolkit.low_bit_optim import SMALLEST, LowBitAdamW
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def build_schedule(config: OptimConfig, total_steps: int) -> Schedule:
     return Schedule(config.schedule, config.lr, total_steps, warmup, decay, config.final_share or 0.0)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, lr_ratio: float = 1.0) -> list[dict[str, object]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_ratio: float = 1.0, *, eight_bits: bool = False
+) -> list[dict[str, object]]:
     """The trainable parameters, with decay for matrices and without for vectors (biases, norms, scales) and scalars.
 
     Args:
@@ -77,31 +80,58 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr_ratio: float = 1.
         weight_decay: of the matrices.
         lr_ratio: LoRA+, the learning rate of an adapter's second factors over that of all else (Hayou et al. 2024);
             a group keeps it as its `multiple`.
+        eight_bits: keep apart, as a group's `bits`, the large matrices whose moments can do with 8 bits. Those of
+            embeddings cannot: few of their rows have a gradient in a step.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {
-        (matrix, second): [] for matrix in (True, False) for second in (False, True)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {
+        (matrix, second, bits): [] for matrix in (True, False) for second in (False, True) for bits in (8, 32)
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # IA³'s vectors lie in rows and columns, and begin at one.
             matrix = parameter.ndim >= 2 and ".ia3_l." not in name
-            groups[matrix, ".lora_B." in name and lr_ratio != 1].append(parameter)
+            large = matrix and parameter.numel() >= SMALLEST and id(parameter) not in tables
+            second = ".lora_B." in name and lr_ratio != 1
+            groups[matrix, second, 8 if large and eight_bits else 32].append(parameter)
     return [
         {"params": params, "weight_decay": weight_decay if matrix else 0.0, "multiple": lr_ratio if second else 1.0}
-        for (matrix, second), params in groups.items()
+        | ({"bits": bits} if eight_bits else {})
+        for (matrix, second, bits), params in groups.items()
         if params
     ]
 
 
-def adamw(model: nn.Module, config: OptimConfig, lr_ratio: float = 1.0) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters of `model`, wrapped or not; `lr_ratio` as for `parameter_groups`."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay, lr_ratio),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+def adamw(model: nn.Module, config: OptimConfig, lr_ratio: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of `model`, wrapped or not; `lr_ratio` as for `parameter_groups`.
+
+    torch's, fused, or that over bitsandbytes.
+    """
+    groups = parameter_groups(model, config.weight_decay, lr_ratio, eight_bits=config.name.endswith("-8bit"))
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    return LowBitAdamW(groups, paged=config.name.startswith("paged-"), **options)
+
+
+def check_optimizer(config: OptimConfig, strategy: str, device: torch.device, *, offloads: bool) -> None:
+    """Refuse an optimizer that would have no effect, or that no test covers.
+
+    Raises:
+        ConfigError: naming the reason and the remedy.
+    """
+    key = f"--optim.name {config.name}"
+    if config.name.startswith("paged-") and (device.type != "cuda" or offloads):
+        where = "of what is offloaded, which lies in the host's memory" if offloads else f"on {device.type} ranks"
+        other = "adamw-8bit" if config.name.endswith("-8bit") else "adamw"
+        raise ConfigError(
+            f"{key} has no effect {where}: its pages move between a GPU and the host", f"Use --optim.name {other}."
+        )
+    if config.name != "adamw" and strategy == "diloco":
+        raise ConfigError(
+            f"{key}: DiLoCo averages the moments of its ranks, and those of this optimizer are none in fp32",
+            "Use --optim.name adamw, or another strategy.",
+        )
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:

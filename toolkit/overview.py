@@ -34,7 +34,7 @@ def overview(
             "steps": f"{schedule.total_steps:,} ({schedule.total_steps / steps_per_epoch:.2f} epochs)",
             "batch": f"{shape.global_batch} = {shape.micro_batch} × {shape.accumulation} accumulated "
             f"× {shape.ranks} ranks",
-            "optimizer": f"{effective['optimizer']}, weight decay {config.optim.weight_decay:g}, "
+            "optimizer": f"{config.optim.name} ({effective['optimizer']}), weight decay {config.optim.weight_decay:g}, "
             f"gradients clipped to {config.train.max_grad_norm or 'nothing'}",
             "learning rate": f"{schedule.kind} from {schedule.peak:g}, {schedule.warmup_steps} steps of warm-up"
             + _ratio(config),

@@ -1,11 +1,11 @@
-"""Number formats: fp32, bf16, and fp16 with dynamic loss scaling. Trainable parameters are fp32 in all of them."""
+"""Number formats: fp32, bf16, fp8 in bf16, and fp16 with dynamic loss scaling. Trainable parameters are fp32 in all."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ INITIAL_LOSS_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
 MINIMUM_LOSS_SCALE = 1.0
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+_FP8_CAPABILITY = (8, 9)
+"""Of the first GPUs that multiply fp8 (Ada; Hopper is 9.0)."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Precision:
     """The number format of the forward and backward pass.
 
     Attributes:
-        name: `fp32`, `bf16` or `fp16`.
+        name: `fp32`, `bf16`, `fp16`, or `fp8`: bf16, in which the products of blocks are of 8 bits.
         reason: why it was taken, for the plan.
     """
 
@@ -36,7 +38,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The torch dtype of activations and products."""
+        """The torch dtype of activations, and of products but for those of fp8."""
         return _DTYPES[self.name]
 
     @property
@@ -64,6 +66,8 @@ def choose_precision(requested: str, world: World) -> Precision:
         return Precision("fp32", "auto: the hardware has no bf16 products")
     if name == "bf16" and world.device.type == "cuda" and not has_bf16(world.device):
         raise ConfigError("--precision bf16: this GPU has no bf16 products", "Use fp16 or fp32.")
+    if name == "fp8" and world.device.type == "cuda" and torch.cuda.get_device_capability() < _FP8_CAPABILITY:
+        raise ConfigError("--precision fp8: this GPU has no fp8 products", "Use bf16.")
     return Precision(name, "the launcher's --mixed_precision" if launched else "as asked")
 
 
@@ -109,6 +113,25 @@ class LossScaler:
             return True
         self.scale, self.good_steps = max(self.scale / 2, MINIMUM_LOSS_SCALE), 0
         return False
+
+
+def hold_reduced(model: nn.Module, names: Collection[str], dtype: torch.dtype) -> None:
+    """Hold some parameters in the format in which a step uses them, and in no other.
+
+    For those of a frozen base, which nothing trains and nobody saves: two bytes for each in the place of four, and two
+    more for a copy. What is computed is the same to the bit.
+
+    Args:
+        model: not yet laid over the ranks.
+        names: of the parameters, as the model has them. What is not in fp32, or is a parameter of another kind (in few
+            bits), stays; so do tables that do more than read their rows.
+        dtype: of the step.
+    """
+    scaled = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and type(m) is not nn.Embedding}
+    for name, parameter in model.named_parameters():
+        plain = type(parameter) is nn.Parameter and parameter.dtype == torch.float32 and not parameter.requires_grad
+        if name in names and plain and id(parameter) not in scaled:
+            parameter.data = parameter.data.to(dtype)
 
 
 class Reduced:

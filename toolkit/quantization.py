@@ -90,8 +90,13 @@ def rounding_errors(model: Any, quantization: str, *, keep: Collection[str] = ()
         yield name, weight.detach() - _rounded(module, quantization)
 
 
-def describe_quantization(model: nn.Module) -> dict[str, str]:
-    """For the plan: what is quantized, what it takes, and what is not; empty where nothing is."""
+def describe_quantization(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """For the plan: what is quantized, what it takes, and what is not; empty where nothing is.
+
+    Args:
+        model: with its adapter.
+        dtype: in which a run holds what is frozen and not quantized.
+    """
     layers = {name: module for name, module in model.named_modules() if is_quantized(module)}
     if not layers:
         return {}
@@ -100,7 +105,8 @@ def describe_quantization(model: nn.Module) -> dict[str, str]:
     packed = {f"{name}.weight" for name in layers}
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     plain = dict.fromkeys(_kind(name) for name in frozen if _owner(name) not in layers)
-    low, rest = (sum(weight_bytes(p) for n, p in frozen.items() if (n in packed) is inside) for inside in (True, False))
+    low = sum(weight_bytes(p) for name, p in frozen.items() if name in packed)
+    rest = sum(p.numel() * dtype.itemsize for name, p in frozen.items() if name not in packed)
     return {
         "quantization": f"{quantization_of(model)} in {len(layers)} layers ({there})",
         "base": f"{(low + rest) / 2**20:,.1f} MiB: {low / 2**20:,.1f} quantized, {rest / 2**20:,.1f} plain "
@@ -166,7 +172,7 @@ def _to_quantize(model: Any, quantization: str, keep: Collection[str]) -> dict[s
     return layers
 
 
-def import_bitsandbytes() -> Any:
+def import_bitsandbytes(key: str = "--quantization") -> Any:
     """bitsandbytes, without what it prints.
 
     Raises:
@@ -177,7 +183,7 @@ def import_bitsandbytes() -> Any:
         import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
-            f"--quantization needs bitsandbytes, which cannot be imported: {error}",
+            f"{key} needs bitsandbytes, which cannot be imported: {error}",
             "Install it (`pip install -c constraints.txt -e .`, on Linux), or drop the option.",
         ) from error
     return bitsandbytes

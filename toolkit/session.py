@@ -23,11 +23,11 @@ from toolkit.checkpoint.adapted import export_adapter
 from toolkit.checkpoint.export import write_base, write_model
 from toolkit.compute import (
     check_checkpointing,
-    checkpoint_activations,
-    compile_blocks,
+    check_fp8,
     compile_seconds,
+    keep_less,
+    make_ready,
     remove_padding,
-    replace_dropout,
 )
 from toolkit.config import AdapterConfig, CheckpointConfig, GenerateConfig, RecipeConfig, plain, to_yaml
 from toolkit.data.loader import BatchShape, Loader, Step, batch_shape
@@ -40,10 +40,10 @@ from toolkit.graphs import Graphs, check_graphs, check_recordable
 from toolkit.journal import Journal
 from toolkit.lease import Lease, break_lock, take
 from toolkit.look import stop_looking
-from toolkit.memory import peak_bytes
+from toolkit.memory import give_back_freed, peak_bytes
 from toolkit.models import parameter_counts
 from toolkit.numerics import LossGuard
-from toolkit.optim import Schedule, adamw, build_schedule
+from toolkit.optim import Schedule, adamw, build_schedule, check_optimizer
 from toolkit.overview import manifest, overview
 from toolkit.pace import Pace
 from toolkit.precision import choose_precision
@@ -65,6 +65,10 @@ from toolkit.tasks import Task
 from toolkit.watchdog import Watchdog
 from toolkit.world import world
 
+_SLOW_ON_CPUS = {
+    "fp16": "few CPUs multiply fp16 in hardware: expect this to be very slow; bf16 is not.",
+    "fp8": "no CPU multiplies fp8: it is emulated, slower than bf16, so that you see what it does to the loss.",
+}
 _SHOWN = 160
 """Characters that the screen shows of a text."""
 
@@ -123,7 +127,12 @@ class Session:
             shape=self.shape,
             max_grad_norm=config.train.max_grad_norm,
         )
-        check_checkpointing(config.train.activation_checkpointing, config.train.compile, self.strategy.name)
+        kind = config.train.activation_checkpointing
+        check_checkpointing(kind, config.train.compile, self.strategy.name, self.world.device)
+        if self.precision.name == "fp8":
+            check_fp8(self.strategy.name, self._adapter.name)
+        offloads = self.strategy.config.offload not in (None, "none")
+        check_optimizer(config.optim, self.strategy.name, self.world.device, offloads=offloads)
         self.low_bit = choose_low_bit(self.strategy, getattr(config, "quantization", "none"), self._adapter.name)
         if config.train.cuda_graphs:
             check_graphs(self.strategy, config.train.activation_checkpointing, self.low_bit.wanted)
@@ -218,6 +227,7 @@ class Session:
         Raises:
             LaunchError: the ranks do not meet, or do not hold the same settings, data and weights.
             CheckpointError: the folder holds another run.
+            Interrupted: a signal asked to stop after the attempt had begun; raised on all ranks.
             Previewed: samples were asked for, and are shown.
         """
         if self.config.run.show:
@@ -229,30 +239,30 @@ class Session:
             self.console.samples(preview(self._task, first, tokenizer, self.config.run.show))
             raise Previewed
         self.world.connect()
-        if self.world.size > self.world.local_size:  # on one node all ranks read the same files
-            self.world.same_on_all_ranks("the code, or the version of a package,", [code_files(), package_versions()])
-        self.world.same_on_all_ranks("the configuration", plain(self.config))
-        self.world.same_on_all_ranks("the data", data_fingerprint)
-        self.world.same_on_all_ranks("the initial weights", [checksum(p) for p in model.parameters()])
+        if self.world.connected:
+            same = self.world.same_on_all_ranks
+            if self.world.size > self.world.local_size:  # on one node all ranks read the same files
+                same("the code, or the version of a package,", [code_files(), package_versions()])
+            same("the configuration", plain(self.config))
+            same("the data", data_fingerprint)
+            same("the initial weights", [checksum(p) for p in model.parameters()])
         stop_offering()
         total, trainable = parameter_counts(model)
-        quantized = describe_quantization(model)
+        quantized = describe_quantization(model, self.precision.dtype)
         adapter = adapter_of(model)
         if adapter is None and self._adapter.name != "none":
             raise ConfigError(f"--adapter.name has no effect on the recipe {self.recipe}", "Drop it.")
         if self.low_bit.wanted and not quantized:
             raise ConfigError(f"--quantization has no effect on the recipe {self.recipe}", "Drop it.")
         padding = self._remove_padding(model)
-        if self.world.device.type == "cpu":
-            replace_dropout(model)
+        self._padding_free = padding == "none"
+        if not self.config.train.compile:  # else the compiler decides what is kept
+            keep_less(model)
         if trainable < total and not self._run.known:
             self.world.on_main(lambda: self._probe(model))
-        self._padding_free = padding == "none"
         if self.config.train.cuda_graphs:
             check_recordable(self._task, padding)
-        blocks = compile_blocks(model, self.world.device) if self.config.train.compile else 0
-        kind = self.config.train.activation_checkpointing
-        checkpointed = checkpoint_activations(model, kind) if kind != "none" else 0
+        ready = make_ready(model, self.config.train, self.precision.name, self.world.device)
         ratio = self._adapter.lr_ratio or 1.0
         self.strategy.left_out = left_out(model)
         self.strategy.setup(model, lambda wrapped: adamw(wrapped, self.config.optim, ratio))
@@ -276,22 +286,20 @@ class Session:
         rows |= overview(self.strategy, self.schedule, self.config, self._train.steps_per_epoch) | {"run": run}
         if getattr(model, "main_input_name", "input_ids") == "input_ids":
             rows["training"]["padding"] = padding
-        if checkpointed:
-            rows["training"]["activations"] = f"computed again in backward, in {checkpointed} blocks ({kind})"
-        if blocks:
-            rows["training"]["compiled"] = f"{blocks} blocks; the first steps wait for it"
+        rows["training"] |= ready
         if self._graphs is not None:
             rows["training"]["launched"] = "as CUDA graphs, recorded when a shape comes for the second time"
         self.world.on_main(lambda: self._write_manifest(data_fingerprint))
         module: Any = self.strategy.module
-        self.world.on_main(lambda: write_base(module, tokenizer, self.folder.path / "base"))
+        self.world.on_main(lambda: write_base(module, tokenizer, self.folder.path / "base", self._lease.check))
         self._journal.plan(rows, [self.schedule(step) for step in range(1, self.total_steps + 1)])
-        if self.precision.name == "fp16" and self.world.device.type == "cpu":
-            self.console.warn("few CPUs multiply fp16 in hardware: expect this to be very slow; bf16 is not.")
-        self._cleanup.enter_context(self._stop)
+        if self.world.device.type == "cpu" and self.precision.name in _SLOW_ON_CPUS:
+            self.console.warn(_SLOW_ON_CPUS[self.precision.name])
+        give_back_freed()  # of weights in fp32, and of the probe
         self._watchdog = self._make_watchdog()
         self._watchdog.start()
         self._ready = True
+        self._stop_if_asked()
 
     def describe(self, **facts: Any) -> None:
         """Add facts to the report (labels, majority, data)."""
@@ -375,8 +383,8 @@ class Session:
         """
         self._watchdog.beat("evaluation", self._progress.step)
         self.console.evaluation(title, done, total)
-        if done < total and self.world.sum(torch.tensor(bool(self._stop.reason))):
-            self._interrupt()
+        if done < total:
+            self._stop_if_asked()
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the validation split is to be evaluated after this step."""
@@ -686,6 +694,10 @@ class Session:
         with span("checkpoint"):
             self._recovery.save(progress.step, facts | {"state": progress.state()})
 
+    def _stop_if_asked(self) -> None:
+        if self.world.sum(torch.tensor(bool(self._stop.reason))):
+            self._interrupt()
+
     def _interrupt(self) -> None:
         """Save what is not saved yet, and stop on all ranks."""
         reason, step = self._stop.reason or "a signal to another rank", self._progress.step
@@ -723,6 +735,10 @@ class Session:
             )
         self._guard = LossGuard(self.config.train.spike, progress.recent_losses)
         self._seconds_before = progress.seconds
+        # From here on a signal is only noted, on every rank before the first enters the attempt: one that a signal ends
+        # without a word counts as a crash, and after a few of these the run would be given up.
+        self._cleanup.enter_context(self._stop)
+        self.world.gather(None)
         self._begin_attempt(self._train)
 
     def _begin_attempt(self, loader: Loader) -> None:
@@ -820,8 +836,10 @@ class Session:
         with torch.random.fork_rng(devices=[]):  # the loader draws a seed for its workers
             first = next(self._train.steps(1))
         if batches := [batch for batch in first.micro_batches if self._task.units(batch)]:
+            # The least of them: here the model is whole, its weights in fp32, and a probe takes more than a step.
+            batch = min(batches, key=lambda one: sum(tensor.numel() for tensor in one.inputs.values()))
             device = self.world.device
-            probe_gradients(model.to(device), self._task, batches[0].to(device), self.precision)
+            probe_gradients(model.to(device), self._task, batch.to(device), self.precision)
 
     def _open_folder(self) -> tuple[Path, int]:
         path, job = open_folder(self.recipe, self._run), Job.read()
@@ -851,14 +869,15 @@ class Session:
     def _save_model(self) -> None:
         if not self.config.checkpoint.save_model:
             return
-        self._lease.check()
+        guard = self._lease.check
+        guard()
         weights, target = self.strategy.weights(), self.folder.path / "model"
         module: Any = self.strategy.module
         if adapter_of(module):
-            self.world.on_main(lambda: export_adapter(self.folder.path / "base", weights, target))
+            self.world.on_main(lambda: export_adapter(self.folder.path / "base", weights, target, guard=guard))
             return
         size = self.config.checkpoint.max_shard_size
-        self.world.on_main(lambda: write_model(module, weights, self._tokenizer, target, size))
+        self.world.on_main(lambda: write_model(module, weights, self._tokenizer, target, size, guard))
 
     def _stale(self) -> bool:
         patience = self.config.run.early_stopping

@@ -112,9 +112,9 @@ def test_a_real_recipe_whose_data_are_not_prepared(tmp_path: Path) -> None:
         (["--nodes", "2", "--rank", "2", "--rendezvous", "a:1"], "--rank 2 is not below --nodes 2"),
         (["--nodes", "2", "--rank", "0", "--rendezvous", "a"], "--rendezvous a is not HOST:PORT"),
         (["--nodes", "2", "--rank", "0", "--rendezvous", "a:70000"], "is not HOST:PORT"),
-        (["--nodes", "0"], "'0' is not a whole number above 0"),
+        (["--nodes", "0"], "'0' is not a whole number from 1 on"),
         (["--rank", "1"], "--rank 1 is not below --nodes 1"),
-        (["--timeout", "5"], "'5' is not a number of seconds from 10 to 3600"),
+        (["--timeout", "5"], "'5' is not a number from 10 to 3600"),
     ],
 )
 def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

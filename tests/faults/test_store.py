@@ -272,8 +272,11 @@ def test_a_start_beside_a_living_run_costs_that_run_a_save_at_most(tmp_path: Pat
     store = Store(tmp_path / "run")
     starts = 0
     while writer.alive:
+        if random.random() < 0.5:  # in the middle of a save, else at any time
+            while writer.alive and not store.unfinished():
+                time.sleep(0.001)
         starts += newest(store)[0] is not None
-        time.sleep(random.uniform(0, 0.1))
+        time.sleep(random.uniform(0, 0.05))
     ((error, saves),) = writer.outcomes(60)
     assert not error
     assert starts

@@ -149,12 +149,12 @@ class TrappedTokenizer:
 class TrappedPlan(dict[str, Any]):
     """The recipe's part of the plan, which is asked for when the run has its folder, and before it is described."""
 
-    def __init__(self, trap: Trap, **sections: Any) -> None:
+    def __init__(self, trap: Trap, rank: int, **sections: Any) -> None:
         super().__init__(sections)
-        self.trap = trap
+        self.trap, self.rank = trap, rank
 
     def items(self) -> Any:
-        self.trap.pass_by("setup", 1, 0)
+        self.trap.pass_by("setup", 1, self.rank)
         return super().items()
 
 
@@ -172,7 +172,8 @@ def main(config: Config, trap: Trap = Trap(), poison: Poison = Poison()) -> None
         workers, cap = config.data.workers, config.data.max_bad_rows
         options = {"workers": workers, "max_bad_rows": cap, "width": width(model)}
         train, validation, test = session.loaders(task, training, data.validation, data.test, **options)
-        plan = TrappedPlan(trap, model={"name": config.model.name}, data=plan_rows(data, config.data.max_length))
+        sections = {"model": {"name": config.model.name}, "data": plan_rows(data, config.data.max_length)}
+        plan = TrappedPlan(trap, session.world.rank, **sections)
         saved = TrappedTokenizer(tokenizer, trap)
         session.setup(model, tokenizer=saved, data_fingerprint=data.fingerprint, plan=plan)
         session.describe(labels=data.labels, data=report_facts(data, config.data.max_length))

@@ -17,12 +17,21 @@ from torch.nn.functional import cross_entropy
 from tests.parity.job import Recording, tiny_bert, tiny_data, tiny_llama, tiny_tokenizer
 from tests.recipes.launching import recipe
 from tests.unit.test_padding_free import ANSWER_MASK, ANSWERS, IDS, MASK, pair, paired
-from toolkit.compute import compile_blocks, fuse_loss, linear_cross_entropy, remove_padding
+from toolkit.compute import (
+    checkpoint_activations,
+    compile_blocks,
+    fuse_loss,
+    keep_less,
+    linear_cross_entropy,
+    multiply_in_fp8,
+    remove_padding,
+)
 from toolkit.config import OptimConfig, StrategyConfig
 from toolkit.data.loader import Step, batch_shape
 from toolkit.engine import train_step
 from toolkit.environment import Launcher
 from toolkit.graphs import Graphs
+from toolkit.low_bit_optim import LowBitAdamW
 from toolkit.optim import adamw
 from toolkit.precision import Precision
 from toolkit.strategies import choose_strategy
@@ -97,6 +106,7 @@ def test_gradients_are_those_of_the_padded_model(family: str, dtype: torch.dtype
     """Of the padded one in fp32: what bf16 rounds is the same with padding and without."""
     padded, free = pair(family)
     assert remove_padding(free) == ""
+    keep_less(free)
     rounded = apart(of_texts(copy.deepcopy(padded), dtype), expected := of_texts(padded, torch.float32))
     assert apart(of_texts(free, dtype), expected) < max(bound, 1.5 * rounded)
 
@@ -106,6 +116,7 @@ def test_gradients_are_those_of_the_padded_model(family: str, dtype: torch.dtype
 def test_an_encoder_and_its_decoder(family: str, dtype: torch.dtype, bound: float) -> None:
     padded, free = paired(family)
     assert remove_padding(free) == ""
+    keep_less(free)
     rounded = apart(of_answers(copy.deepcopy(padded), dtype), expected := of_answers(padded, torch.float32))
     assert apart(of_answers(free, dtype), expected) < max(bound, 1.5 * rounded)
 
@@ -160,6 +171,7 @@ def test_a_language_model_waits_for_nothing() -> None:
     model = tiny_llama().train()
     assert remove_padding(model) == ""
     assert fuse_loss(model) == ""
+    assert keep_less(model) > 0
     strategy, task = single(model), LanguageModeling(tiny_tokenizer(), vocabulary=100, fused=True)
     rows = tiny_data()[:12]
     columns = {"input_ids": rows["input_ids"], "pieces": [[n] for n in rows["length"]], "bytes": rows["length"]}
@@ -247,6 +259,68 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
         assert all(a == pytest.approx(b, rel=1e-2) for a, b in pairs)
     else:
         assert all(a == b for a, b in pairs)
+
+
+def test_offloaded_activations_leave_the_gpu() -> None:
+    """The same numbers to the bit, and what blocks keep is not there."""
+    found, held = [], []
+    for kind in ("full", "offload"):
+        model = tiny_llama().train()
+        assert remove_padding(model) == ""
+        checkpoint_activations(model, kind)  # type: ignore[arg-type]
+        model = model.to(GPU, torch.bfloat16)
+        ids = torch.randint(2, 100, (64, 32), generator=torch.Generator().manual_seed(0)).to(GPU)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        loss = model.model(input_ids=ids, attention_mask=torch.ones_like(ids))[0].float().square().mean()
+        held.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+        found.append(gradient(model))
+    assert torch.equal(*found)
+    assert held[1] <= held[0] - 64 * 32 * 32 * 2  # of one block at least, in bf16
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
+def test_moments_in_8_bits_and_on_pages(name: str) -> None:
+    """Near torch's, and what is given out and taken back is the same to the bit."""
+    torch.manual_seed(0)
+    start = torch.randn(1024, 256)
+    networks = [nn.Linear(256, 1024, bias=False).to(GPU) for _ in range(2)]
+    for network in networks:
+        network.weight.data.copy_(start)
+    ours, theirs = (
+        adamw(one, OptimConfig(name=kind, lr=1e-2))  # type: ignore[arg-type]
+        for one, kind in zip(networks, (name, "adamw"), strict=True)
+    )
+    for number in range(10):
+        generator = torch.Generator(GPU).manual_seed(number)
+        gradients = torch.randn(1024, 256, device=GPU, generator=generator)
+        for network, optimizer in zip(networks, (ours, theirs), strict=True):
+            network.weight.grad = gradients.clone()
+            optimizer.step()
+    moved = (networks[1].weight.cpu() - start).norm()
+    assert float((networks[0].weight - networks[1].weight).norm().cpu() / moved) < 0.05
+    assert isinstance(ours, LowBitAdamW)
+    state = ours.state[networks[0].weight]
+    assert getattr(state["exp_avg"], "is_paged", False) == name.startswith("paged")
+    held = {key: tensor.cpu().clone() for key, tensor in state.items()}
+    ours.copied(networks[0].weight, 8 if name.endswith("8bit") else 32)
+    ours.put_back()
+    assert all(torch.equal(state[key].cpu(), tensor) for key, tensor in held.items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no fp8")
+def test_products_in_fp8_are_those_that_are_emulated() -> None:
+    pytest.importorskip("torchao")
+    results = []
+    for device in (GPU, torch.device("cpu")):
+        model = tiny_bert().eval()
+        multiply_in_fp8(model, device)
+        model = model.to(device, torch.bfloat16)
+        logits = model(input_ids=IDS.to(device) % 100, attention_mask=MASK.to(device)).logits.float()
+        logits.square().sum().backward()
+        results.append(torch.cat([logits.detach().flatten().cpu(), gradient(model).cpu()]))
+    assert apart(*results) < 4e-2
 
 
 def test_transformers_knows_no_mask_for_attention_without_padding() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from toolkit.adapters import add_adapter
-from toolkit.compute import fuse_loss, remove_padding
+from toolkit.adapters import add_adapter, left_out
+from toolkit.compute import fuse_loss, keep_less, multiply_in_fp8, remove_padding
 from toolkit.config import AdapterConfig, OptimConfig, Quantization, StrategyConfig
 from toolkit.data.loader import Loader, batch_shape
 from toolkit.engine import evaluate, train_step
@@ -56,10 +56,13 @@ class Job:
     max_grad_norm: float | None = 1.0
     frozen: str = ""
     adapter: AdapterConfig = AdapterConfig()
+    leave_out: bool = False
+    """The base, from what is saved, as a run does."""
     quantization: Quantization = "none"
     samples: int = SAMPLES
     loss_scale: float | None = None
     network: str = "bert"
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
 
 
 @dataclass
@@ -80,13 +83,13 @@ class Outcome:
     share_of_packed: float
 
 
-def tiny_bert(dropout: float = 0.0, classes: int = CLASSES) -> BertForSequenceClassification:
+def tiny_bert(dropout: float = 0.0, classes: int = CLASSES, width: int = 32) -> BertForSequenceClassification:
     torch.manual_seed(7)
     config = BertConfig(
-        hidden_size=32,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=4,
-        intermediate_size=64,
+        intermediate_size=2 * width,
         vocab_size=100,
         max_position_embeddings=32,
         hidden_dropout_prob=dropout,
@@ -172,11 +175,13 @@ class RecordingTexts(LanguageModeling):
 
 def make(job: Job) -> tuple[nn.Module, Recording | RecordingTexts, Dataset]:
     """The model, what it is trained for, and on which rows; a language model plain, or as its recipe makes it."""
-    if job.network == "bert":
-        return tiny_bert(job.dropout), Recording(), tiny_data(job.samples)
+    if "bert" in job.network:
+        width = 64 if job.network == "wide bert" else 32
+        return tiny_bert(job.dropout, width=width), Recording(), tiny_data(job.samples)
     model, lean = tiny_llama(), job.network == "llama without logits or padding"
     if lean:
         assert [fuse_loss(model), remove_padding(model)] == ["", ""]
+        assert keep_less(model) > 0
     return model, RecordingTexts(lean), tiny_texts()
 
 
@@ -199,7 +204,11 @@ def train(job: Job) -> Outcome:
         if job.frozen and name.startswith(job.frozen):
             parameter.requires_grad_(False)
     model = add_adapter(model, job.adapter, seed=5, low_bit=low_bit)
-    optim = OptimConfig(lr=job.lr, schedule="cosine", warmup_steps=2)
+    if job.precision == "fp8":
+        multiply_in_fp8(model, w.device)
+    if job.leave_out:
+        strategy.left_out = left_out(model)
+    optim = OptimConfig(name=job.optimizer, lr=job.lr, schedule="cosine", warmup_steps=2)
     strategy.setup(model, lambda wrapped: adamw(wrapped, optim, job.adapter.lr_ratio or 1.0))
     del model
     if job.loss_scale:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class Stage:
     steps: tuple[int, int] = (0, 0)
     frozen: str = ""
     dropout: float = 0.0
+    width: int = 32
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
 
 
 def pass_on(stage: Stage, source: str, target: str) -> list[float]:
@@ -46,10 +48,10 @@ def pass_on(stage: Stage, source: str, target: str) -> list[float]:
         shape=shape,
         max_grad_norm=1.0,
     )
-    model = tiny_bert(stage.dropout)
+    model = tiny_bert(stage.dropout, width=stage.width)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (stage.frozen and name.startswith(stage.frozen)))
-    strategy.setup(model, lambda wrapped: adamw(wrapped, OptimConfig(lr=1e-3)))
+    strategy.setup(model, lambda wrapped: adamw(wrapped, OptimConfig(name=stage.optimizer, lr=1e-3)))
     if source:
         for shard in strategy.shards().values():
             shard.data.fill_(-77)  # nothing of it may be left

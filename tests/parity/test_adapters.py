@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,6 +113,19 @@ def test_bf16(adapter: str, name: str) -> None:
     assert outcome.effective["parameter_dtype"] == "float32"
     assert outcome.losses == pytest.approx(reference(adapter).losses, rel=2e-2)
     assert moved(outcome, adapter) == trained(adapter)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2), ("zero3", 2)])
+def test_a_base_that_nobody_saves_is_held_in_bf16_alone(name: str, ranks: int) -> None:
+    """And what is computed is the same to the bit."""
+    job = Job(name, adapter=ADAPTERS["lora"], precision="bf16")
+    (twice, *_), (once, *_) = (on_ranks(train, ranks, replace(job, leave_out=out)) for out in (False, True))
+    if not name.startswith("zero"):  # whose engine holds it so, and kept another beside
+        assert (twice.effective["frozen_dtypes"], once.effective["frozen_dtypes"]) == (["float32"], ["bfloat16"])
+    assert once.effective["parameter_dtype"] == "float32"
+    assert (once.losses, once.grad_norms, once.evaluation) == (twice.losses, twice.grad_norms, twice.evaluation)
+    assert once.weights.keys() == trained("lora")
+    assert all((once.weights[weight] == twice.weights[weight]).all() for weight in once.weights)
 
 
 def test_the_counts_are_those_of_the_formula() -> None:

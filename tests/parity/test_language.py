@@ -45,3 +45,21 @@ def test_units_are_the_tokens_that_are_predicted(reference: Outcome) -> None:
         assert reference.units[step] == sum(predicted[id_] for id_ in reference.seen[step])
     assert reference.evaluation["units"] == sum(predicted.values())
     assert len(predicted) == SAMPLES
+
+
+@pytest.fixture(scope="module")
+def in_fp8() -> Outcome:
+    pytest.importorskip("torchao", reason="needs torchao, with which every start takes longer")
+    return on_ranks(train, 1, Job(network=LEAN, precision="fp8"))[0]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2"])
+def test_parity_in_fp8(name: str, in_fp8: Outcome, reference: Outcome) -> None:
+    """Nearer to one process in fp8 than that is to fp32: all round alike."""
+    outcomes = on_ranks(train, 2, Job(name, precision="fp8", network=LEAN))
+    found = difference(outcomes[0], in_fp8, PLAIN)
+    assert {figure: value for figure, value in found.items() if value > BOUNDS["bf16"][figure]} == {}
+    assert found["way"] < difference(in_fp8, reference, PLAIN)["way"]
+    assert outcomes[0].losses == pytest.approx(reference.losses, rel=2**-5)
+    assert outcomes[0].effective["precision"] == "fp8"
+    assert outcomes[0].effective["parameter_dtype"] == "float32"

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import csv
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+
+from tests.recipes.launching import learn, read
+
+Learnt = tuple[list[dict[str, Any]], dict[str, Any]]
+"""Metrics and report of a run."""
 
 WORDS = {
     "sport": ["match", "goal", "team", "coach", "season", "league", "striker", "keeper", "penalty", "final"],
@@ -91,3 +99,16 @@ def tiny_base(tiny_model: Path, tmp_path: Path) -> Path:
 def adapter_job(tiny_job: list[str], tiny_base: Path) -> list[str]:
     """Options of a run that trains an adapter on it."""
     return [*tiny_job, "--model.name", str(tiny_base), "--model.init", "pretrained", "--adapter.name", "lora"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Learnt]:
+    """What a recipe, given its name and its options, learns in one process; each is run once."""
+
+    @functools.cache
+    def learnt(name: str, *options: str) -> Learnt:
+        folder = tmp_path_factory.mktemp("alone")
+        learn(name, 1, [*options, "--run.dir", "run"], folder)
+        return read(folder / "run")
+
+    return learnt

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from tests.ranks import on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "bert_cls.py"
@@ -74,3 +79,27 @@ def recipe(
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
     return code, text.getvalue()
+
+
+def learn(name: str, ranks: int, options: list[str], cwd: Path, code: int = 0) -> str:
+    """The same on so many ranks, which all end with this code; what the first has printed, unframed, on one line."""
+    cwd.mkdir(exist_ok=True)
+    ended = on_ranks(recipe, ranks, options, str(cwd), None, name, timeout=240)
+    assert {its for its, _ in ended} == {code}, ended[0][1]
+    return " ".join(ended[0][1].replace("│", " ").split())
+
+
+def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Metrics and report of a run."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text(encoding="utf-8"))
+
+
+def assert_same_curve(
+    metrics: list[dict[str, Any]], expected: list[dict[str, Any]], absolute: float | None = None
+) -> None:
+    """The same steps with the same units, and in fp32 the same losses and gradient norms."""
+    assert [line["units"] for line in metrics] == [line["units"] for line in expected]
+    for figure in ("loss", "grad_norm"):
+        wanted = pytest.approx([line[figure] for line in expected], rel=1e-5, abs=absolute)
+        assert [line[figure] for line in metrics] == wanted, figure

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import on_ranks
 from tests.recipes.conftest import COMMON, WORDS
-from tests.recipes.launching import ROOT, launch, recipe
+from tests.recipes.launching import ROOT, assert_same_curve, launch, learn, read
 from toolkit.checkpoint.account import account
 from toolkit.cli import main as toolkit
 from toolkit.config import from_yaml
@@ -97,17 +96,6 @@ def job(tiny_model: Path) -> list[str]:
     ]
 
 
-def train(name: str, ranks: int, options: list[str], cwd: Path) -> str:
-    results = on_ranks(recipe, ranks, options, str(cwd), None, name, timeout=240)
-    assert all(code == 0 for code, _ in results), results
-    return " ".join(results[0][1].split())
-
-
-def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text())
-
-
 def answers(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
     capsys.readouterr()
     assert toolkit(["predict", *words, "--json"]) == 0
@@ -118,17 +106,15 @@ def answers(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, A
 def test_the_same_numbers_everywhere(what: str, job: list[str], tmp_path: Path) -> None:
     name, write, figures = JOBS[what]
     options = [*job, *write(tmp_path)]
-    shown = train(name, 1, [*options, "--train.padding_free", "on", "--run.dir", "alone"], tmp_path)
+    shown = learn(name, 1, [*options, "--train.padding_free", "on", "--run.dir", "alone"], tmp_path)
     expected, expected_report = read(tmp_path / "alone")
     assert figures <= set(expected_report["test"])
     assert "toolkit predict alone" in shown
     for strategy in ("ddp", "fsdp"):
         run = tmp_path / strategy
-        train(name, 2, [*options, "--strategy.name", strategy, "--run.dir", str(run)], tmp_path)
+        learn(name, 2, [*options, "--strategy.name", strategy, "--run.dir", str(run)], tmp_path)
         metrics, report = read(run)
-        for figure in ("loss", "grad_norm"):
-            assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in expected], rel=1e-5)
-        assert [m["units"] for m in metrics] == [m["units"] for m in expected]
+        assert_same_curve(metrics, expected)
         for figure in (*figures, "loss"):
             assert report["before"][figure] == pytest.approx(expected_report["before"][figure], rel=1e-5, abs=1e-9)
             assert report["test"][figure] == pytest.approx(expected_report["test"][figure], rel=1e-5, abs=1e-9)
@@ -137,7 +123,7 @@ def test_the_same_numbers_everywhere(what: str, job: list[str], tmp_path: Path) 
 
 def test_tags_are_learnt_and_marked(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*job, *tags(tmp_path), "--train.steps", "200", "--optim.lr", "3e-3"]
-    train("token_cls", 1, [*options, "--run.eval_every", "200"], tmp_path)
+    learn("token_cls", 1, [*options, "--run.eval_every", "200"], tmp_path)
     _, report = read(tmp_path / "run")
     assert report["test"]["entity_f1"] > report["before"]["entity_f1"] + 0.4
     (found,) = answers(capsys, str(tmp_path / "run"), "the striker said in a market")
@@ -152,7 +138,7 @@ def test_tags_are_learnt_and_marked(job: list[str], tmp_path: Path, capsys: pyte
 
 def test_answers_are_learnt_and_found(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*job, *spans(tmp_path), "--train.steps", "120", "--optim.lr", "5e-3"]
-    train("qa", 1, [*options, "--run.eval_every", "120"], tmp_path)
+    learn("qa", 1, [*options, "--run.eval_every", "120"], tmp_path)
     _, report = read(tmp_path / "run")
     assert report["test"]["token_f1"] > report["before"]["token_f1"] + 0.3
     passage = "the a of in and album song this year new said big week"
@@ -167,7 +153,7 @@ def test_answers_are_learnt_and_found(job: list[str], tmp_path: Path, capsys: py
 def test_other_classifiers_answer(
     what: str, job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train("bert_cls", 1, [*job, *JOBS[what][1](tmp_path)], tmp_path)
+    learn("bert_cls", 1, [*job, *JOBS[what][1](tmp_path)], tmp_path)
     run = str(tmp_path / "run")
     if what == "pairs":
         (found,) = answers(capsys, run, '{"text": "match goal", "other": "big", "more": 1}')
@@ -191,10 +177,10 @@ def test_launch_and_go_on(what: str, job: list[str], tmp_path: Path) -> None:
     """Through the real launcher on two processes; then on, with the same figures as in one go."""
     name, write, _ = JOBS[what]
     options = [*job, *write(tmp_path), "--optim.schedule", "constant", "--optim.warmup_steps", "0"]
-    train(name, 2, [*options, "--run.dir", "whole"], tmp_path)
+    learn(name, 2, [*options, "--run.dir", "whole"], tmp_path)
     done = launch([*options, "--train.steps", "3"], config="cpu2", cwd=tmp_path, name=name)
     assert done.returncode == 0, done.stdout
-    train(name, 2, [*options, "--checkpoint.allow_change", "train.steps"], tmp_path)
+    learn(name, 2, [*options, "--checkpoint.allow_change", "train.steps"], tmp_path)
     (metrics, report), (expected, expected_report) = read(tmp_path / "run"), read(tmp_path / "whole")
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in expected], rel=1e-5)
@@ -224,9 +210,8 @@ def test_bad_input_is_told_with_file_and_row(fault: str, job: list[str], tmp_pat
     name, file, content, reason = FAULTS[fault]
     (tmp_path / file).write_text(content, encoding="utf-8")
     options = [*job, "--data.name", file, "--data.max_bad_rows", "0"]
-    code, text = on_ranks(recipe, 1, options, str(tmp_path), None, name)[0]
-    assert code == 2, text
-    told = " ".join(text.replace("│", " ").split())
+    text = learn(name, 1, options, tmp_path, 2)
+    told = text
     assert reason in told
     assert fault in ("no names", "texts") or f"row 1 of {file}" in told
     assert not (tmp_path / "run").exists()

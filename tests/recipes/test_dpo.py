@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.chats import save_chat_model
-from tests.ranks import on_ranks
-from tests.recipes.launching import recipe
+from tests.recipes.conftest import Learnt
+from tests.recipes.launching import assert_same_curve, learn, read
 from toolkit.checkpoint.account import account
 
 STEPS = 6
@@ -57,29 +59,7 @@ def job(there: Path) -> list[str]:
     ]
 
 
-def train(ranks: int, options: list[str], cwd: Path, code: int = 0) -> str:
-    ended, text = on_ranks(recipe, ranks, options, str(cwd), None, "dpo")[0]
-    assert ended == code, text
-    return " ".join(str(text).replace("│", " ").split())
-
-
-def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of one process, by their adapter."""
-    return {}
-
-
-def reference(adapter: str, job: list[str], alone: dict[str, Path], factory: pytest.TempPathFactory) -> Path:
-    if adapter not in alone:
-        folder = factory.mktemp(adapter)
-        train(1, [*job, *ADAPTERS[adapter]], folder)
-        alone[adapter] = folder / "run"
-    return alone[adapter]
+train = functools.partial(learn, "dpo")
 
 
 @pytest.mark.parametrize(("adapter", "strategy"), CASES)
@@ -88,15 +68,12 @@ def test_the_same_numbers_everywhere(
     strategy: str,
     job: list[str],
     tmp_path: Path,
-    alone: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    alone: Callable[..., Learnt],
 ) -> None:
-    expected, expected_report = read(reference(adapter, job, alone, tmp_path_factory))
+    expected, expected_report = alone("dpo", *job, *ADAPTERS[adapter])
     train(2, [*job, *ADAPTERS[adapter], "--train.micro_batch", "2", "--strategy.name", strategy], tmp_path)
     metrics, report = read(tmp_path / "run")
-    for figure in ("loss", "grad_norm"):
-        assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in expected], rel=1e-5)
-    assert [m["units"] for m in metrics] == [m["units"] for m in expected]
+    assert_same_curve(metrics, expected)
     for when in ("before", "test"):
         for figure in ("loss", "reward_margin", "reward_accuracy", "likelier"):
             assert report[when][figure] == pytest.approx(expected_report[when][figure], rel=1e-5, abs=1e-6), figure

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from tests.ranks import on_ranks
 from tests.recipes.conftest import COMMON, WORDS
-from tests.recipes.launching import recipe
+from tests.recipes.launching import assert_same_curve, learn, read
 from toolkit.checkpoint.account import account
 from toolkit.cli import main as toolkit
 
@@ -67,15 +66,7 @@ def job(pairs: Path, tiny_model: Path) -> list[str]:
     ]
 
 
-def train(ranks: int, options: list[str], cwd: Path, code: int = 0) -> str:
-    ended, text = on_ranks(recipe, ranks, options, str(cwd), None, "embed")[0]
-    assert ended == code, text
-    return " ".join(str(text).replace("│", " ").split())
-
-
-def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text())
+train = functools.partial(learn, "embed")
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +91,7 @@ def test_the_same_numbers_everywhere(
     expected, expected_report = read(reference)
     train(2, [*job, "--train.micro_batch", str(micro), "--strategy.name", strategy], tmp_path)
     metrics, report = read(tmp_path / "run")
-    for figure in ("loss", "grad_norm"):
-        assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in expected], rel=1e-5, abs=1e-6)
-    assert [m["units"] for m in metrics] == [m["units"] for m in expected]
+    assert_same_curve(metrics, expected, absolute=1e-6)
     assert any(line["units"] < 24 for line in expected)  # an epoch ends with a batch that is not full
     for when in ("before", "test"):
         for figure in FIGURES:

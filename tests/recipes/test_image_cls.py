@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from tests.images import digits, png, write_folder
 from tests.ranks import on_ranks
-from tests.recipes.launching import launch, recipe
+from tests.recipes.launching import assert_same_curve, launch, learn, read, recipe
 from toolkit.cli import main as toolkit
 from toolkit.data.images import load_processor
 from toolkit.networks import ImageCnnForImageClassification
@@ -37,20 +37,13 @@ def job(folder: Path) -> list[str]:
     ]
 
 
-def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return metrics, json.loads((folder / "report.json").read_text())
-
-
 def unframed(text: str) -> str:
     """What a framed message says, on one line."""
-    return " ".join(text.replace("│", " ").split())
+    return text
 
 
 def run(ranks: int, options: list[str], cwd: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    cwd.mkdir(exist_ok=True)
-    code, text = on_ranks(recipe, ranks, options, str(cwd), None, "image_cls")[0]
-    assert code == 0, text
+    learn("image_cls", ranks, options, cwd)
     return read(cwd / "run")
 
 
@@ -60,8 +53,7 @@ def test_the_same_numbers_on_one_process_and_on_two(job: list[str], tmp_path: Pa
     assert report["test"]["loss"] < report["before"]["loss"]
     for strategy in ("ddp", "fsdp", "zero2"):
         lines, other = run(2, [*job, "--strategy.name", strategy], tmp_path / strategy)
-        for figure in ("loss", "grad_norm"):
-            assert [m[figure] for m in lines] == pytest.approx([m[figure] for m in alone], rel=1e-5), strategy
+        assert_same_curve(lines, alone)
         for when in ("before", "test"):
             assert other[when]["confusion"] == report[when]["confusion"]
             assert other[when]["loss"] == pytest.approx(report[when]["loss"], rel=1e-5)
@@ -78,8 +70,7 @@ def test_launched_with_networks_of_every_kind(job: list[str], tmp_path: Path) ->
     two, report = read(tmp_path / "run")
     assert report["plan"]["data"]["images"].startswith("32 x 32 pixels, colours; mean 0.498")
     alone, _ = run(1, pretrained, tmp_path / "alone")
-    for figure in ("loss", "grad_norm"):
-        assert [m[figure] for m in two] == pytest.approx([m[figure] for m in alone], rel=1e-5)
+    assert_same_curve(two, alone)
     for network in ("mlp", "vit"):
         lines, report = run(1, [*options, "--model.network", network, "--precision", "bf16"], tmp_path / network)
         assert len(lines) == 3
@@ -160,6 +151,5 @@ def test_what_is_left_behind(
     ],
 )
 def test_what_is_refused(options: list[str], said: str, job: list[str], tmp_path: Path) -> None:
-    code, text = on_ranks(recipe, 1, [*job, *options], str(tmp_path), None, "image_cls")[0]
-    assert code == 2, text
+    text = learn("image_cls", 1, [*job, *options], tmp_path, 2)
     assert said in unframed(text)

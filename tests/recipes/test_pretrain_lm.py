@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.ranks import on_ranks
-from tests.recipes.launching import recipe
+from tests.recipes.launching import assert_same_curve, learn, read
 from toolkit.checkpoint.account import account
 from toolkit.cli import main as toolkit
 
@@ -49,15 +48,7 @@ def job(corpus: Path) -> list[str]:
     ]
 
 
-def train(ranks: int, options: list[str], cwd: Path) -> str:
-    code, text = on_ranks(recipe, ranks, options, str(cwd), None, "pretrain_lm")[0]
-    assert code == 0, text
-    return text
-
-
-def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text())
+train = functools.partial(learn, "pretrain_lm")
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +77,7 @@ def test_the_same_numbers_everywhere(
         assert said in shown
     if strategy != "single":
         alone, alone_report = read(runs["single"])
-        for figure in ("loss", "grad_norm"):
-            assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in alone], rel=1e-5)
-        assert [m["units"] for m in metrics] == [m["units"] for m in alone]
+        assert_same_curve(metrics, alone)
         assert [line["text"] for line in report["texts"]] == [line["text"] for line in alone_report["texts"]]
         for figure in ("loss", "perplexity", "bits_per_byte"):
             assert after[figure] == pytest.approx(alone_report["test"][figure], rel=1e-4)
@@ -248,8 +237,7 @@ def test_other_networks(architecture: str, job: list[str], tmp_path: Path) -> No
     ],
 )
 def test_what_is_refused(options: list[str], said: str, job: list[str], tmp_path: Path) -> None:
-    code, text = on_ranks(recipe, 1, [*job, *options], str(tmp_path), None, "pretrain_lm")[0]
-    assert code == 2, text
-    assert said in " ".join(text.replace("│", " ").split())
+    text = learn("pretrain_lm", 1, [*job, *options], tmp_path, 2)
+    assert said in text
     assert "Traceback" not in text
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.chats import save_chat_model, write_chats
-from tests.ranks import on_ranks
-from tests.recipes.launching import recipe
+from tests.recipes.launching import learn
 from tests.recipes.test_adapters import TEXT, command, logits, metrics, plain_peft, train
 from toolkit.adapters import in_place, load_adapted
 from toolkit.predict import Classifier, find_model
@@ -62,10 +62,7 @@ def chats(tmp_path: Path) -> list[str]:
     ]
 
 
-def learn_to_answer(ranks: int, options: list[str], cwd: Path) -> str:
-    code, text = on_ranks(recipe, ranks, options, str(cwd), None, "sft")[0]
-    assert code == 0, text
-    return " ".join(text.split())
+learn_to_answer = functools.partial(learn, "sft")
 
 
 @pytest.mark.parametrize(
@@ -136,8 +133,7 @@ def test_a_run_goes_on_to_the_bit(chats: list[str], tmp_path: Path) -> None:
 )
 def test_what_is_refused_before_anything_is_loaded(kind: str, options: list[str], message: str, tmp_path: Path) -> None:
     arguments = [*options, "--model.name", "./nowhere", "--run.dir", "run"]
-    code, text = on_ranks(recipe, 1, arguments, str(tmp_path), None, kind)[0]
-    assert code == 2
-    assert message in " ".join(text.replace("│", " ").split())
+    text = learn(kind, 1, arguments, tmp_path, 2)
+    assert message in text
     assert "nowhere" not in text
     assert not (tmp_path / "run").exists()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.ranks import on_ranks
-from tests.recipes.launching import recipe
+from tests.recipes.launching import assert_same_curve, learn, read
 from tests.tables import plays, write_csv
 from toolkit.checkpoint.account import account
 from toolkit.cli import main as toolkit
@@ -32,16 +31,7 @@ def job(file: Path) -> list[str]:
     ]
 
 
-def train(ranks: int, options: list[str], cwd: Path) -> str:
-    cwd.mkdir(exist_ok=True)
-    code, text = on_ranks(recipe, ranks, options, str(cwd), None, "recommend")[0]
-    assert code == 0, text
-    return " ".join(text.split())
-
-
-def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text())
+train = functools.partial(learn, "recommend")
 
 
 def test_the_same_numbers_everywhere(job: list[str], tmp_path: Path) -> None:
@@ -50,9 +40,7 @@ def test_the_same_numbers_everywhere(job: list[str], tmp_path: Path) -> None:
     for strategy in ("ddp", "fsdp", "zero2"):
         train(2, [*job, "--strategy.name", strategy], tmp_path / strategy)
         shared, its_report = read(tmp_path / strategy / "run")
-        for figure in ("loss", "grad_norm"):
-            assert [m[figure] for m in shared] == pytest.approx([m[figure] for m in metrics], rel=1e-5)
-        assert [m["units"] for m in shared] == [m["units"] for m in metrics]
+        assert_same_curve(shared, metrics)
         assert its_report["test"]["popularity"] == report["test"]["popularity"]
         for figure in ("hit_rate_at_10", "ndcg_at_10", "mrr", "loss"):
             assert its_report["test"][figure] == pytest.approx(report["test"][figure], rel=1e-5)
@@ -89,7 +77,6 @@ def test_it_learns_what_follows_and_answers(job: list[str], tmp_path: Path, caps
     ],
 )
 def test_what_is_refused(options: list[str], said: str, job: list[str], tmp_path: Path) -> None:
-    code, text = on_ranks(recipe, 1, [*job, *options], str(tmp_path), None, "recommend")[0]
-    assert code == 2, text
-    assert said in " ".join(text.replace("│", " ").split())
+    text = learn("recommend", 1, [*job, *options], tmp_path, 2)
+    assert said in text
     assert "Traceback" not in text

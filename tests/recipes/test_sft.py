@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.chats import ANSWERS, save_chat_model, write_chats
-from tests.ranks import on_ranks
-from tests.recipes.launching import recipe
+from tests.recipes.conftest import Learnt
+from tests.recipes.launching import assert_same_curve, learn, read
 from toolkit.checkpoint.account import account
 from toolkit.cli import main as toolkit
 
@@ -55,29 +56,7 @@ def job(there: Path) -> list[str]:
     ]
 
 
-def train(ranks: int, options: list[str], cwd: Path) -> str:
-    code, text = on_ranks(recipe, ranks, options, str(cwd), None, "sft")[0]
-    assert code == 0, text
-    return text
-
-
-def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of one process, by their adapter."""
-    return {}
-
-
-def reference(adapter: str, job: list[str], alone: dict[str, Path], factory: pytest.TempPathFactory) -> Path:
-    if adapter not in alone:
-        folder = factory.mktemp(adapter)
-        train(1, [*job, *ADAPTERS[adapter]], folder)
-        alone[adapter] = folder / "run"
-    return alone[adapter]
+train = functools.partial(learn, "sft")
 
 
 @pytest.mark.parametrize(("adapter", "strategy"), CASES)
@@ -86,15 +65,12 @@ def test_the_same_numbers_everywhere(
     strategy: str,
     job: list[str],
     tmp_path: Path,
-    alone: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    alone: Callable[..., Learnt],
 ) -> None:
-    expected, expected_report = read(reference(adapter, job, alone, tmp_path_factory))
+    expected, expected_report = alone("sft", *job, *ADAPTERS[adapter])
     train(2, [*job, *ADAPTERS[adapter], "--train.micro_batch", "2", "--strategy.name", strategy], tmp_path)
     metrics, report = read(tmp_path / "run")
-    for figure in ("loss", "grad_norm"):
-        assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in expected], rel=1e-5)
-    assert [m["units"] for m in metrics] == [m["units"] for m in expected]
+    assert_same_curve(metrics, expected)
     assert report["test"]["loss"] == pytest.approx(expected_report["test"]["loss"], rel=1e-5)
     assert report["texts"] == expected_report["texts"]
     assert account(tmp_path / "run").sound
@@ -105,8 +81,7 @@ def test_without_padding_and_with_it(job: list[str], tmp_path: Path) -> None:
         train(1, [*job, *ADAPTERS["lora"], *options, "--run.dir", name], tmp_path)
     (packed, report), (padded, _) = read(tmp_path / "packed"), read(tmp_path / "padded")
     assert report["plan"]["training"]["padding"] == "none"
-    for figure in ("loss", "grad_norm"):
-        assert [m[figure] for m in packed] == pytest.approx([m[figure] for m in padded], rel=1e-5)
+    assert_same_curve(packed, padded)
 
 
 def test_only_answers_count(job: list[str], there: Path, tmp_path: Path) -> None:
@@ -198,8 +173,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(job: list[str], tmp_
 )
 def test_what_is_refused(options: list[str], said: str, job: list[str], there: Path, tmp_path: Path) -> None:
     options = [str(there / "base") if option == "BASE" else option for option in options]
-    code, text = on_ranks(recipe, 1, [*job, *options], str(tmp_path), None, "sft")[0]
-    assert code == 2, text
-    assert said in " ".join(text.replace("│", " ").split())
+    text = learn("sft", 1, [*job, *options], tmp_path, 2)
+    assert said in text
     assert "Traceback" not in text
     assert not (tmp_path / "run").exists()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
-from tests.ranks import on_ranks
-from tests.recipes.launching import ROOT, launch, recipe
+from tests.recipes.conftest import Learnt
+from tests.recipes.launching import ROOT, assert_same_curve, launch, learn, read
 from tests.speech import save_recordings, save_speech_model, say
 from toolkit.checkpoint.account import account
 from toolkit.cli import main as toolkit
@@ -41,29 +42,7 @@ def job(there: Path) -> list[str]:
     ]
 
 
-def train(ranks: int, options: list[str], cwd: Path, code: int = 0) -> str:
-    ended, text = on_ranks(recipe, ranks, options, str(cwd), None, "speech")[0]
-    assert ended == code, text
-    return " ".join(str(text).replace("│", " ").split())
-
-
-def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def alone(there: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of one process, whole and with an adapter."""
-    return {}
-
-
-def reference(kind: str, options: list[str], alone: dict[str, Path], factory: pytest.TempPathFactory) -> Path:
-    if kind not in alone:
-        folder = factory.mktemp(kind)
-        train(1, options, folder)
-        alone[kind] = folder / "run"
-    return alone[kind]
+train = functools.partial(learn, "speech")
 
 
 KINDS = {
@@ -86,17 +65,14 @@ def test_the_same_numbers_everywhere(
     strategy: str,
     job: list[str],
     tmp_path: Path,
-    alone: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    alone: Callable[..., Learnt],
 ) -> None:
     """The loss, the norm of the gradient, and what is written of each recording of the test split."""
     options = [*job, *KINDS[kind]]
-    expected, expected_report = read(reference(kind, options, alone, tmp_path_factory))
+    expected, expected_report = alone("speech", *options)
     train(2, [*options, "--train.micro_batch", "2", "--strategy.name", strategy], tmp_path)
     metrics, report = read(tmp_path / "run")
-    for figure in ("loss", "grad_norm"):
-        assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in expected], rel=1e-5)
-    assert [m["units"] for m in metrics] == [m["units"] for m in expected]
+    assert_same_curve(metrics, expected)
     for when in ("before", "test"):
         assert report[when]["loss"] == pytest.approx(expected_report[when]["loss"], rel=1e-5)
         for figure in ("units", "wer", "cer", "transcripts"):
@@ -109,11 +85,11 @@ def test_the_same_numbers_everywhere(
 
 
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(
-    job: list[str], tmp_path: Path, alone: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    job: list[str], tmp_path: Path, alone: Callable[..., Learnt]
 ) -> None:
     """What is blanked out is a function of the epoch: it is the same after a resume, in the second epoch too."""
     options = [*job, *KINDS["whole"]]
-    expected, expected_report = read(reference("whole", options, alone, tmp_path_factory))
+    expected, expected_report = alone("speech", *options)
     assert expected[-1]["epoch"] == 1
     train(1, [*options, "--train.steps", "5"], tmp_path)
     train(1, [*options, "--checkpoint.allow_change", "train.steps"], tmp_path)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.chats import save_chat_model
 from tests.pairs import write_pairs
-from tests.ranks import on_ranks
-from tests.recipes.launching import recipe
+from tests.recipes.launching import assert_same_curve, learn, read
 from toolkit.cli import main as toolkit
 
 STEPS = 6
@@ -31,15 +30,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def train(ranks: int, options: list[str], cwd: Path) -> str:
-    code, text = on_ranks(recipe, ranks, options, str(cwd), None, "summarize")[0]
-    assert code == 0, text
-    return text
-
-
-def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text())
+train = functools.partial(learn, "summarize")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +45,7 @@ def test_the_same_numbers_and_texts_everywhere(strategy: str, job: list[str], al
     expected, expected_report = read(alone)
     train(2, [*job, "--train.micro_batch", "2", "--strategy.name", strategy], tmp_path)
     metrics, report = read(tmp_path / "run")
-    for figure in ("loss", "grad_norm"):
-        assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in expected], rel=1e-5)
+    assert_same_curve(metrics, expected)
     assert report["texts"] == expected_report["texts"]
     for figure in ("rouge1", "rouge2", "rougeL", "loss"):
         assert report["test"][figure] == pytest.approx(expected_report["test"][figure], rel=1e-5)
@@ -86,7 +76,6 @@ def test_what_is_refused(job: list[str], tmp_path: Path) -> None:
         (["--data.target", "summary"], "their column 'summary' is missing or empty"),
         (["--generate.length_penalty", "2"], "no effect on one beam"),
     ):
-        code, text = on_ranks(recipe, 1, [*job, *options], str(tmp_path), None, "summarize")[0]
-        assert code == 2, text
-        assert said in " ".join(text.replace("│", " ").split())
+        text = learn("summarize", 1, [*job, *options], tmp_path, 2)
+        assert said in text
         assert not (tmp_path / "run").exists()

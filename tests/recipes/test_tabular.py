@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.ranks import on_ranks
-from tests.recipes.launching import ROOT, launch, recipe
+from tests.recipes.launching import ROOT, assert_same_curve, launch, learn, read
 from tests.tables import COLUMNS, houses, write_csv
 from toolkit.checkpoint.account import account
 from toolkit.cli import main as toolkit
@@ -32,16 +31,7 @@ def job(file: Path) -> list[str]:
     ]
 
 
-def train(ranks: int, options: list[str], cwd: Path) -> str:
-    cwd.mkdir(exist_ok=True)
-    code, text = on_ranks(recipe, ranks, options, str(cwd), None, "tabular")[0]
-    assert code == 0, text
-    return " ".join(text.split())
-
-
-def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text())
+train = functools.partial(learn, "tabular")
 
 
 @pytest.mark.parametrize("kind", ["mlp", "ft_transformer"])
@@ -53,8 +43,7 @@ def test_the_same_numbers_everywhere(kind: str, job: list[str], tmp_path: Path) 
     for strategy in ("ddp", "fsdp", "zero3") if kind == "mlp" else ("fsdp",):
         train(2, [*job, "--strategy.name", strategy], tmp_path / strategy)
         shared, its_report = read(tmp_path / strategy / "run")
-        for figure in ("loss", "grad_norm"):
-            assert [m[figure] for m in shared] == pytest.approx([m[figure] for m in metrics], rel=1e-5)
+        assert_same_curve(shared, metrics)
         for figure in ("r2", "mae", "rmse", "loss", "units"):
             assert its_report["test"][figure] == pytest.approx(report["test"][figure], rel=1e-5)
         assert its_report["test"]["answers"]["grid"] == report["test"]["answers"]["grid"]
@@ -138,9 +127,8 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(job: list[str], tmp_
     ],
 )
 def test_what_is_refused(options: list[str], said: str, job: list[str], tmp_path: Path) -> None:
-    code, text = on_ranks(recipe, 1, [*job, *options], str(tmp_path), None, "tabular")[0]
-    assert code == 2, text
-    assert said in " ".join(text.replace("│", " ").split())
+    text = learn("tabular", 1, [*job, *options], tmp_path, 2)
+    assert said in text
     assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
 

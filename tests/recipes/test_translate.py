@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.pairs import write_pairs
-from tests.ranks import on_ranks
-from tests.recipes.launching import launch, recipe
+from tests.recipes.launching import assert_same_curve, launch, learn, read
 from toolkit.checkpoint.account import account
 from toolkit.cli import main as toolkit
 
@@ -34,15 +33,7 @@ def job(pairs: Path) -> list[str]:
     ]
 
 
-def train(ranks: int, options: list[str], cwd: Path) -> str:
-    code, text = on_ranks(recipe, ranks, options, str(cwd), None, "translate")[0]
-    assert code == 0, text
-    return text
-
-
-def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((run / "report.json").read_text())
+train = functools.partial(learn, "translate")
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +50,7 @@ def test_the_same_numbers_and_texts_everywhere(strategy: str, job: list[str], al
     expected, expected_report = read(alone)
     train(2, [*job, "--train.micro_batch", "2", "--strategy.name", strategy], tmp_path)
     metrics, report = read(tmp_path / "run")
-    for figure in ("loss", "grad_norm"):
-        assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in expected], rel=1e-5)
-    assert [m["units"] for m in metrics] == [m["units"] for m in expected]
+    assert_same_curve(metrics, expected)
     assert report["texts"] == expected_report["texts"]
     assert len(report["texts"]) == 6
     for part in ("before", "test"):
@@ -178,9 +167,8 @@ def test_two_text_files_are_the_same_as_their_rows(job: list[str], pairs: Path, 
 def test_what_is_refused(options: list[str], said: str, job: list[str], tmp_path: Path) -> None:
     (tmp_path / "a.en").write_text("one\ntwo\nthree\n")
     (tmp_path / "a.zh").write_text("一\n二\n")
-    code, text = on_ranks(recipe, 1, [*job, "--model.layers", "3", *options], str(tmp_path), None, "translate")[0]
-    assert code == 2, text
-    assert said in " ".join(text.replace("│", " ").split())
+    text = learn("translate", 1, [*job, "--model.layers", "3", *options], tmp_path, 2)
+    assert said in text
     assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
 

@@ -8,14 +8,13 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.ranks import on_ranks
 from tests.recipes.conftest import COMMON, WORDS
-from tests.recipes.launching import RECIPE, recipe
+from tests.recipes.launching import RECIPE, assert_same_curve, learn, read
 from toolkit.cli import main as toolkit
 from toolkit.embeddings import load_embedding
 from toolkit.networks.bag_of_words import BagOfWordsConfig, BagOfWordsForSequenceClassification
@@ -44,15 +43,9 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(name: str, ranks: int, options: list[str], cwd: Path, code: int = 0) -> str:
-    ended, text = on_ranks(recipe, ranks, options, str(cwd), None, name)[0]
-    assert ended == code, text
-    return " ".join(str(text).replace("│", " ").split())
-
-
 def make(there: Path, *options: str, code: int = 0) -> str:
     files = ["--vocabulary.words", str(there / "words.txt"), "--vectors.name", str(there / "vectors.txt")]
-    return run("embedding_matrix", 1, [*files, "--matrix.output", str(there / "matrix"), *options], there, code)
+    return learn("embedding_matrix", 1, [*files, "--matrix.output", str(there / "matrix"), *options], there, code)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +69,6 @@ def job(matrix: Path, texts_csv: Path) -> list[str]:
     ]
 
 
-def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((folder / "report.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("alone")
@@ -89,7 +77,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def reference(job: list[str], alone: Path) -> Path:
     if not (alone / "run").exists():
-        shown = run("word_cls", 1, job, alone)
+        shown = learn("word_cls", 1, job, alone)
         assert "on the same held-out samples" in shown
     return alone / "run"
 
@@ -107,10 +95,9 @@ def test_transferred_vectors_beside_random_ones(reference: Path, capsys: pytest.
 @pytest.mark.parametrize("strategy", CASES)
 def test_the_same_numbers_everywhere(strategy: str, job: list[str], reference: Path, tmp_path: Path) -> None:
     expected, expected_report = read(reference)
-    run("word_cls", 2, [*job, "--train.micro_batch", "3", "--strategy.name", strategy], tmp_path)
+    learn("word_cls", 2, [*job, "--train.micro_batch", "3", "--strategy.name", strategy], tmp_path)
     metrics, report = read(tmp_path / "run")
-    for figure in ("loss", "grad_norm"):
-        assert [m[figure] for m in metrics] == pytest.approx([m[figure] for m in expected], rel=1e-5)
+    assert_same_curve(metrics, expected)
     for figure in ("loss", "accuracy", "units"):
         assert report["test"][figure] == pytest.approx(expected_report["test"][figure], rel=1e-5)
         random, expected_random = (each["baselines"]["random vectors"] for each in (report, expected_report))
@@ -118,7 +105,7 @@ def test_the_same_numbers_everywhere(strategy: str, job: list[str], reference: P
 
 
 def test_frozen_vectors_stay(job: list[str], matrix: Path, tmp_path: Path) -> None:
-    run("word_cls", 1, [*job, "--model.embedding", "frozen", "--train.steps", "2"], tmp_path)
+    learn("word_cls", 1, [*job, "--model.embedding", "frozen", "--train.steps", "2"], tmp_path)
     model = BagOfWordsForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert torch.equal(model.embedding.weight, load_embedding(matrix).weight)
 
@@ -163,11 +150,11 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
     found = on_ranks(script, 2, RECIPE.with_stem("embedding_matrix"), ["--matrix.output", str(tmp_path / "two")])
     for code, text in found:
         assert code == 2
-        assert "2 processes were started for what one of them does" in " ".join(text.replace("│", " ").split())
+        assert "2 processes were started for what one of them does" in text
 
 
 def test_a_folder_that_is_no_matrix(job: list[str], matrix: Path, tmp_path: Path) -> None:
     (tmp_path / "matrix").mkdir()
     (tmp_path / "matrix" / "embeddings.safetensors").write_bytes(b"")
-    shown = run("word_cls", 1, [*job, "--model.name", str(tmp_path / "matrix")], tmp_path, code=2)
+    shown = learn("word_cls", 1, [*job, "--model.name", str(tmp_path / "matrix")], tmp_path, code=2)
     assert "is no whole matrix of embeddings" in shown

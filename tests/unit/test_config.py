@@ -377,7 +377,7 @@ def test_sizes() -> None:
         ("optim: {betas: [0.9, 1.0]}", "optim.betas", "less than 1, not 1.0"),
         ("model: {freeze: embeddings}", "model.freeze", "valid tuple, not 'embeddings'"),
         ("strategy: {name: fdsp}", "strategy.name", "'zero3', not 'fdsp'"),
-        ("precision: fp64", "precision", "'fp16', not 'fp64'"),
+        ("precision: fp64", "precision", "'fp8', not 'fp64'"),
         ("optim: 3", "'optim'", "is a section and takes a mapping, not 3"),
         ("train: [steps]", "'train'", "is a section and takes a mapping"),
     ],

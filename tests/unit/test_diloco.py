@@ -114,7 +114,7 @@ def set_up(w: World, **options: Any) -> Strategy:
 def state(strategy: Any) -> list[np.ndarray[Any, Any]]:
     """Weights and moments of this rank, flat."""
     parameters = list(strategy.module.parameters())
-    moments = [[adam_state(strategy.optimizer, p)[moment] for p in parameters] for moment in MOMENTS]
+    moments = [[adam_state(strategy.optimizer, p, {})[moment] for p in parameters] for moment in MOMENTS]
     return [torch.cat([t.detach().flatten() for t in each]).numpy().copy() for each in (parameters, *moments)]
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = (
     "errors",
+    "arguments",
     "folders",
     "environment",
     "look",
@@ -44,6 +45,7 @@ FLOORS = (
     "encoders",
     "compute",
     "quantization",
+    "low_bit_optim",
     "prompts",
     "adapters",
     "data",
@@ -232,3 +234,27 @@ def test_what_is_light_does_not_wait_for_torch() -> None:
     code = f"import sys, {', '.join(modules)}; print(*({{'torch', 'transformers', 'deepspeed'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""
+
+
+READS = """
+import collections, sys
+read = collections.Counter()
+sys.addaudithook(lambda event, args: read.update([str(args[0])]) if event == "open" else None)
+{first}
+import transformers.models
+sources = {{name: times for name, times in read.items() if "/transformers/models/" in name and name.endswith(".py")}}
+print(len(sources) > 1000, max(sources.values()))
+print(sorted(transformers.models._class_to_module.items()))
+"""
+
+
+def test_the_source_of_transformers_models_is_read_once() -> None:
+    with_it, without = (
+        subprocess.run(
+            [sys.executable, "-c", READS.format(first=first)], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.split("\n", 1)
+        for first in ("import toolkit", "")
+    )
+    assert (with_it[0], without[0]) == ("True 1", "True 2")  # 1 without: transformers has mended it, and we can go
+    assert with_it[1] == without[1]
+    assert "BertModel" in with_it[1]

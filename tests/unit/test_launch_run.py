@@ -231,6 +231,7 @@ def test_signals_reach_all_ranks(job: Callable[..., Job], config: str, number: s
     # With one rank accelerate dies, and on a busy machine its rank notices that before the signal comes.
     assert set(one.saved()) <= {reason} | ({"the launcher has ended"} if config == ONE else set())
     assert len(list(one.folder.glob("pid_*"))) == ranks  # who is stopped is not started again
+    assert "Traceback" not in one.output()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from toolkit.checkpoint.attempts import Attempts
 from toolkit.checkpoint.store import Store
 from toolkit.environment import Job
 from toolkit.errors import CheckpointError, FencedError
-from toolkit.folders import run_lock
+from toolkit.folders import run_lock, unguarded, written_aside
 from toolkit.lease import FOLDER, Guard, Lease, break_lock, newest_lease, take
 from toolkit.report import RunFolder
 
@@ -126,6 +127,27 @@ def test_a_checkpoint_then(tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, OSError)):
         store.commit(aside, 5, {"step": 5, "files": {}})
     assert store.committed() == []
+
+
+def test_a_folder_then(tmp_path: Path) -> None:
+    """As of a model: stopped while it was written, or just before it took its place."""
+    target, lease = tmp_path / "model", take(tmp_path, FIRST)
+
+    def write(text: str, guard: Guard = unguarded, stopped: Callable[[], object] = unguarded) -> None:
+        with written_aside(target, guard) as aside:
+            (aside / "first").write_text(text, encoding="utf-8")
+            stopped()
+            (aside / "second").write_text(text, encoding="utf-8")
+
+    with pytest.raises(CheckpointError, match="model"):
+        write("old", lease.check, lambda: (take(tmp_path, SECOND), write("new")))
+    assert {path.read_text(encoding="utf-8") for path in target.iterdir()} == {"new"}
+    with pytest.raises(CheckpointError, match="model"):
+        write("old", stopped_after(tmp_path))
+    assert {path.read_text(encoding="utf-8") for path in target.iterdir()} == {"new"}
+    with pytest.raises(FencedError):
+        write("old", lease.check)
+    assert {path.name for path in tmp_path.iterdir()} == {".lease", "model"}
 
 
 def test_what_is_written_afterwards(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from typing import Any
 
 import pytest
@@ -11,8 +13,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.parity.job import tiny_bert
-from toolkit.compute import checkpoint_activations, compile_blocks, fuse_loss, remove_padding, replace_dropout
+from toolkit.compute import (
+    checkpoint_activations,
+    compile_blocks,
+    fuse_loss,
+    keep_less,
+    remove_padding,
+    replace_dropout,
+)
 from toolkit.compute.padding_free import short_texts
+from toolkit.compute.recompute import check_checkpointing
 from toolkit.errors import ConfigError
 from toolkit.models import repeated_blocks
 from toolkit.precision import Reduced
@@ -30,6 +40,7 @@ def model_of(name: str, kind: str, *, free: bool = True) -> Any:
     model = MODELS[name]().train()
     model.config.use_cache = False  # which goes through other kernels, and checkpointing turns it off
     replace_dropout(model)
+    keep_less(model)
     if free:
         assert remove_padding(model) == ""
     if kind != "none":
@@ -50,7 +61,7 @@ def step(model: Any, reduced: Reduced | None = None) -> tuple[torch.Tensor, list
     return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("kind", ["selective", "full", "offload"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("free", [True, False], ids=["no padding", "padded"])
 @pytest.mark.parametrize("name", MODELS)
@@ -87,6 +98,30 @@ def test_less_is_kept() -> None:
     """By these hooks the tensors that blocks keep are seen, but for what `selective` holds in a place of its own."""
     none, full = (kept_bytes(model_of("llama", kind)) for kind in ("none", "full"))
     assert full < none / 3
+
+
+@pytest.mark.parametrize("kind", ["full", "offload"])
+def test_whether_the_inputs_of_blocks_are_held_where_they_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy stands for what would be in the memory of the host: on a CPU, torch leaves there what is there."""
+    monkeypatch.setattr(
+        "toolkit.compute.recompute.save_on_cpu", lambda pin_memory: saved_tensors_hooks(torch.clone, lambda t: t)
+    )
+    model = model_of("llama", kind)
+    model.config._attn_implementation = "eager"
+    inputs: list[Any] = []
+    for block in repeated_blocks(model)[1:]:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    loss = model(**short_texts(model.config)).logits.float().square().mean()
+    held = [one() is not None for one in inputs]
+    assert held == [kind == "full"] * 2
+    loss.backward()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_offloading_needs_somewhere_to_go(device: str) -> None:
+    refused = pytest.raises(ConfigError, match="no effect on CPU ranks")
+    with refused if device == "cpu" else contextlib.nullcontext():
+        check_checkpointing("offload", True, "zero3", torch.device(device))
 
 
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])

@@ -174,7 +174,7 @@ def test_file_without_a_stage(content: str | None, tmp_path: Path) -> None:
     [
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "--use_parallelism_config"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "--mixed_precision fp8"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp4"}, "--mixed_precision fp4"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend INDUCTOR"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "--zero_stage 0"),
     ],

@@ -20,10 +20,12 @@ from toolkit.checkpoint.export import (
     write_config,
 )
 from toolkit.errors import CheckpointError
-from toolkit.folders import written_aside
+from toolkit.folders import Guard, unguarded, written_aside
 
 
-def export_adapter(base: Path, weights: Mapping[str, torch.Tensor], target: Path, bound: float = BOUND) -> Proof:
+def export_adapter(
+    base: Path, weights: Mapping[str, torch.Tensor], target: Path, bound: float = BOUND, guard: Guard = unguarded
+) -> Proof:
     """Write and prove the folder of an adapter; it takes the place of `target` when it is proved.
 
     The base is loaded again and compared with the one that the run began with. The adapter on it, with the trained
@@ -32,8 +34,9 @@ def export_adapter(base: Path, weights: Mapping[str, torch.Tensor], target: Path
     Args:
         base: holds the run's configuration of the model, its tokenizer, and which adapter on which base it trains.
         weights: whole, by the names of the model with its adapter; of what is frozen none is needed.
-        target: written to by this process alone.
+        target: where to.
         bound: on the difference of the logits.
+        guard: as for `written_aside`.
 
     Raises:
         ModelError: the base is not there any more, or is another one.
@@ -45,7 +48,7 @@ def export_adapter(base: Path, weights: Mapping[str, torch.Tensor], target: Path
         _fill(model, weights, base)
         adapter = adapter_of(model)
         assert adapter is not None
-        with written_aside(target) as aside:
+        with written_aside(target, guard) as aside:
             write_config(model, aside, torch.float32)
             tokenizer.save_pretrained(aside)
             adapter.write(aside)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from toolkit.arguments import number, whole
 from toolkit.checkpoint import removal
 from toolkit.checkpoint.listing import (
     Item,
@@ -66,7 +67,7 @@ def _ls(options: Namespace) -> int:
 
 def _verify_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help=_RUN)
-    parser.add_argument("--step", type=_count, metavar="N", help="this one alone (default: all)")
+    parser.add_argument("--step", type=whole(), metavar="N", help="this one alone (default: all)")
     parser.add_argument(
         "--digest",
         action="store_true",
@@ -120,7 +121,7 @@ def _export_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bound",
-        type=_bound,
+        type=number(),
         default=1e-5,
         metavar="X",
         help="refuse the export if weights or logits differ by more, once it is loaded again (default: 1e-5)",
@@ -166,7 +167,7 @@ def _convert_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("source", metavar="SOURCE", type=Path, help=_RUN)
     parser.add_argument("target", metavar="TARGET", type=Path, help="new folder")
-    parser.add_argument("--step", type=_count, metavar="N", help="this one (default: the newest)")
+    parser.add_argument("--step", type=whole(), metavar="N", help="this one (default: the newest)")
     parser.add_argument(
         "--foreign",
         action="store_true",
@@ -268,12 +269,6 @@ def _show_reasons(items: Iterable[Item]) -> None:
         print("\n" + "\n".join(map(plain, lines)))
 
 
-def _count(word: str) -> int:
-    if not word.isdecimal():
-        raise ArgumentTypeError(f"{word!r} is not a whole number")
-    return int(word)
-
-
 def _step(word: str) -> int | str:
     if word not in ("best", "latest") and not word.isdecimal():
         raise ArgumentTypeError(f"{word!r} is neither a whole number nor best nor latest")
@@ -284,16 +279,6 @@ def _shard_size(word: str) -> str:
     if not _SHARD_SIZE.fullmatch(word):
         raise ArgumentTypeError(f"{word!r} is no size like 500MB or 5GB")
     return word
-
-
-def _bound(word: str) -> float:
-    try:
-        bound = float(word)
-    except ValueError:
-        bound = -1.0
-    if not bound >= 0:
-        raise ArgumentTypeError(f"{word!r} is not a number from 0 up")
-    return bound
 
 
 def _samples() -> Any:

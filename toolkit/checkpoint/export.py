@@ -25,7 +25,7 @@ from toolkit.data.tables import Catalogue, Preprocessor
 from toolkit.data.tables.events import FILE as ITEMS
 from toolkit.data.tables.preprocess import FILE as TABLE
 from toolkit.errors import CheckpointError, ModelError
-from toolkit.folders import written_aside
+from toolkit.folders import Guard, unguarded, written_aside
 from toolkit.networks import architecture
 from toolkit.networks.tables import TableConfig
 from toolkit.strategies.deepspeed_library import quiet
@@ -73,15 +73,16 @@ class Proof:
     bound: float
 
 
-def write_base(model: PreTrainedModel, tokenizer: Any, base: Path) -> None:
+def write_base(model: PreTrainedModel, tokenizer: Any, base: Path, guard: Guard = unguarded) -> None:
     """Write what `build_model` and `load_tokenizer` read beside the weights of a checkpoint.
 
     Args:
         model: plain, in fp32, as the run begins with it.
         tokenizer: saved beside the configuration; None where there is none.
-        base: written to by this process alone.
+        base: where to.
+        guard: as for `written_aside`.
     """
-    with written_aside(base) as aside, quiet_libraries():
+    with written_aside(base, guard) as aside, quiet_libraries():
         write_config(model, aside, torch.float32)
         if model.can_generate():
             model.generation_config.save_pretrained(aside)
@@ -97,6 +98,7 @@ def write_model(
     tokenizer: Any,
     target: Path,
     max_shard_size: str,
+    guard: Guard = unguarded,
 ) -> None:
     """Write a model folder, which takes the place of `target` when it is whole.
 
@@ -104,10 +106,11 @@ def write_model(
         model: says how its weights are called and what its configuration is; its own weights are not read.
         weights: whole, by the plain model's names, in the memory of the CPU.
         tokenizer: saved beside the model; None where there is none.
-        target: written to by this process alone.
+        target: where to.
         max_shard_size: of a file of weights, as `5GB`.
+        guard: as for `written_aside`.
     """
-    with written_aside(target) as aside, quiet_libraries():
+    with written_aside(target, guard) as aside, quiet_libraries():
         write_files(model, weights, tokenizer, aside, max_shard_size)
 
 

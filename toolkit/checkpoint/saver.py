@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         pinned = world.device.type == "cuda"
-        # Where training waits for the save, what is on the CPU can be written as it lies.
-        self._copies = asynchronous or pinned
         shards = strategy.saved()
         # What several ranks hold, one of them copies, checks and writes.
-        self._staged = {name: shards[name] for name in own_share(shards, self._group)}
-        if self._copies:
-            self._staged = {
-                name: FlatShard(torch.empty_like(shard.data, device="cpu", pin_memory=pinned), shard.start, shard.shape)
-                for name, shard in self._staged.items()
-            }
-            self._stage()  # memory that has not been touched is slow the first time
+        self._share = own_share(shards, self._group)
+        self._copies = {
+            name: replace(shards[name], data=torch.empty_like(shards[name].data, device="cpu", pin_memory=pinned))
+            for name in self._share
+            # Where training waits for the save, what is on the CPU can be written as it lies; so can what is a copy.
+            if (asynchronous or pinned) and not shards[name].apart
+        }
+        self._stage()  # memory that has not been touched is slow the first time
+        self._let_go()
 
     @property
     def failed(self) -> bool:
@@ -127,16 +127,19 @@ class Saver:
 
     def _stage(self) -> None:
         shards = self._strategy.saved()
-        if not self._copies:
-            self._staged = {name: shards[name] for name in self._staged}
-            return
-        torch._foreach_copy_(
-            [staged.data for staged in self._staged.values()],
-            [shards[name].data for name in self._staged],
-            non_blocking=True,
-        )
+        if self._copies:
+            torch._foreach_copy_(
+                [copy.data for copy in self._copies.values()],
+                [shards[name].data for name in self._copies],
+                non_blocking=True,
+            )
+        self._staged = {name: self._copies.get(name, shards[name]) for name in self._share}
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def _let_go(self) -> None:
+        """Of what the strategy gave out as a copy: it is held for no longer than a save."""
+        self._staged = {name: shard for name, shard in self._staged.items() if not shard.apart}
 
     def _run(self, began: float, stall: float, manifest: dict[str, Any], rank_state: dict[str, Any]) -> None:
         step = manifest["step"]
@@ -147,6 +150,8 @@ class Saver:
             self._error = known
         except BaseException as defect:
             self._error = _failed(step, defect)
+        finally:
+            self._let_go()
 
     def _save(self, aside: Path, manifest: dict[str, Any], rank_state: dict[str, Any]) -> None:
         world, group, step = self._world, self._group, manifest["step"]

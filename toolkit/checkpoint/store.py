@@ -145,7 +145,11 @@ class Store:
         """At a start: finish removals that were cut short, and put unfinished saves in quarantine; these."""
         for doomed in self.folder.glob(f"{REMOVING}*"):
             shutil.rmtree(doomed, ignore_errors=True)
-        return [self.quarantine(path, "a save that was not finished") for path in self.unfinished()]
+        moved = []
+        for path in self.unfinished():
+            with contextlib.suppress(FileNotFoundError):  # whoever writes it is alive, and has just finished it
+                moved.append(self.quarantine(path, "a save that was not finished"))
+        return moved
 
     def _sound(self) -> Iterator[tuple[int, Path, dict[str, Any]]]:
         for step, path in self.committed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from toolkit.errors import ConfigError
@@ -23,11 +25,19 @@ _KEPT = (
 where it is one operator. Not the batched products of attention on a CPU, which are large and go on in place."""
 
 
-Kind = Literal["none", "selective", "full"]
+Kind = Literal["none", "selective", "full", "offload"]
 
 
-def check_checkpointing(kind: Kind, compiled: bool, strategy: str) -> None:
-    """Raises ConfigError where `selective` would not see the operators that it is to select from, or too many."""
+def check_checkpointing(kind: Kind, compiled: bool, strategy: str, device: torch.device) -> None:
+    """Raises ConfigError where a kind would have no effect, or not the one that is meant.
+
+    `selective` must see the operators that it is to select from, and no others; `offload` needs somewhere to go.
+    """
+    if kind == "offload" and device.type == "cpu":
+        raise ConfigError(
+            "--train.activation_checkpointing offload has no effect on CPU ranks, whose memory it would move to",
+            "Use full.",
+        )
     key = "--train.activation_checkpointing selective"
     if kind == "selective" and compiled:
         raise ConfigError(f"{key} does not see into what --train.compile compiles", "Use full, or drop one of the two.")
@@ -47,7 +57,8 @@ def checkpoint_activations(model: nn.Module, kind: Kind) -> int:
     Args:
         model: not yet laid over the ranks.
         kind: `full` keeps a block's inputs, and computes all of its forward again; `selective` keeps the results of
-            products with weights too, and computes again what is cheap (Korthikanti et al. 2022).
+            products with weights too, and computes again what is cheap (Korthikanti et al. 2022); `offload` is `full`
+            with the inputs in the host's memory until backward asks for them.
 
     Raises:
         ConfigError: the model has no repeated blocks.
@@ -62,16 +73,18 @@ def checkpoint_activations(model: nn.Module, kind: Kind) -> int:
     contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)}
     for block in blocks:
         # Not the module, whose hooks gather its weights once for the forward, and once for the backward with all in it.
-        block.forward = _again(block.forward, contexts if kind == "selective" else {})
+        block.forward = _again(block.forward, contexts if kind == "selective" else {}, offload=kind == "offload")
     return len(blocks)
 
 
-def _again(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def _again(forward: Callable[..., Any], options: dict[str, Any], *, offload: bool) -> Callable[..., Any]:
     @functools.wraps(forward)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+        # What a block keeps, its inputs, is what autograd saves outside of the checkpoint.
+        with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else contextlib.nullcontext():
+            return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
     return checkpointed
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 Normalisation = Literal["nfkc", "halfwidth", "control", "html", "simplified", "traditional", "spaces"]
 Quantization = Literal["none", "int8", "nf4", "fp4", "nf4-double", "fp4-double"]
 
@@ -313,9 +313,10 @@ class TrainConfig:
     cuda_graphs: bool = False
     """Launch forward and backward as CUDA graphs, one for each shape, to which batches are filled up. For networks so
     small that launching their kernels takes longer than computing; one GPU, bf16."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
     """Keep less for backward and compute it again there: `full` keeps the inputs of each block, `selective` the results
-    of its matrix products too. Less memory for more time, and the same numbers."""
+    of its matrix products too, `offload` the inputs in the host's memory, for GPUs. Less memory for more time, and the
+    same numbers."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes in the training loss."""
     on_fault: Literal["stop", "rewind"] = "stop"
@@ -345,6 +346,9 @@ class GenerateConfig:
 class OptimConfig:
     """AdamW and the learning-rate schedule, which counts optimizer steps."""
 
+    name: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
+    """`adamw-8bit` keeps the moments of large weights in 8 bits, 2 bytes a weight in the place of 8; `paged-…` lets
+    them move to the host's memory while a GPU needs the room. Both through bitsandbytes."""
     lr: Positive = 1e-4
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

@@ -6,9 +6,10 @@ import os
 import re
 import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from toolkit.arguments import number, whole
 from toolkit.doctor.alone import examine_alone
 from toolkit.doctor.findings import as_json, merged, show, verdict
 from toolkit.doctor.meeting import Place
@@ -23,11 +24,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="file of a recipe, whose options follow behind --")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--nodes", type=_count, metavar="N", default=1, help="nodes of the job (default: 1)")
-    parser.add_argument("--rank", type=_rank, metavar="R", help="which of them this is, from 0; each runs this command")
+    parser.add_argument("--nodes", type=whole(1), metavar="N", default=1, help="nodes of the job (default: 1)")
+    parser.add_argument(
+        "--rank", type=whole(), metavar="R", help="which of them this is, from 0; each runs this command"
+    )
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where they meet: a free port on the node of rank 0")
-    parser.add_argument("--port", type=_count, metavar="PORT", help="of the training, on that node (or MASTER_PORT)")
-    parser.add_argument("--timeout", type=_seconds, metavar="SECONDS", default=60.0, help="for all of it (default: 60)")
+    parser.add_argument(
+        "--port", type=whole(1, 65535), metavar="PORT", help="of the training, on that node (or MASTER_PORT)"
+    )
+    parser.add_argument(
+        "--timeout", type=number(10, 3600), metavar="SECONDS", default=60.0, help="for all of it (default: 60)"
+    )
     parser.epilog = "Behind -- stand the options of the recipe; or the recipe, and then its options."
 
 
@@ -81,28 +88,6 @@ def _place(arguments: Namespace) -> Place:
     if not found or not 0 < int(found[2]) < 65536:
         raise ConfigError(f"--rendezvous {arguments.rendezvous} is not HOST:PORT", "Write it as node1:29400.")
     return Place(rank or 0, nodes, found[1], int(found[2]))
-
-
-def _count(word: str) -> int:
-    if not _number(word):
-        raise ArgumentTypeError(f"{word!r} is not a whole number above 0")
-    return int(word)
-
-
-def _rank(word: str) -> int:
-    if not word.isdecimal():
-        raise ArgumentTypeError(f"{word!r} is not a whole number from 0 on")
-    return int(word)
-
-
-def _seconds(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = 0.0
-    if not 10 <= value <= 3600:
-        raise ArgumentTypeError(f"{word!r} is not a number of seconds from 10 to 3600")
-    return value
 
 
 def _number(word: str) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import predict
+from toolkit.arguments import number, whole
 from toolkit.errors import ConfigError, DataError
 from toolkit.normalise import normalise_row
 from toolkit.predict.kinds import CLASSIFIER, Kind, check_options, load_answerer
@@ -48,23 +50,30 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def add_model_arguments(parser: ArgumentParser) -> None:
     """The options of how a model answers."""
-    parser.add_argument("--top", type=count, metavar="K", help="give the K most likely labels (default: 1; JSON: all)")
     parser.add_argument(
-        "--tokens", type=count, metavar="N", help="write N tokens at most (a language model: 100; else as in the run)"
+        "--top", type=whole(1), metavar="K", help="give the K most likely labels (default: 1; JSON: all)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=whole(1),
+        metavar="N",
+        help="write N tokens at most (a language model: 100; else as in the run)",
     )
     parser.add_argument(
         "--temperature",
-        type=_degrees,
+        type=number(0, math.nextafter(100, 0)),
         metavar="T",
         help="of what a language model draws; 0: the likeliest (default: 0.7)",
     )
     parser.add_argument(
         "--plain", action="store_true", help="let a chat model go on with the text, instead of answering it"
     )
-    parser.add_argument("--batch", type=count, metavar="N", default=32, help="texts of one forward pass (default: 32)")
+    parser.add_argument(
+        "--batch", type=whole(1), metavar="N", default=32, help="texts of one forward pass (default: 32)"
+    )
     parser.add_argument(
         "--max-length",
-        type=count,
+        type=whole(1),
         metavar="N",
         help="cut texts to N tokens (default: as the run did, data.max_length)",
     )
@@ -251,20 +260,3 @@ def silence_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def _degrees(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 100:
-        raise ArgumentTypeError(f"{word!r} is not a number from 0 on")
-    return value
-
-
-def count(word: str) -> int:
-    """A number of things on the command line."""
-    if not word.isdecimal() or not int(word):
-        raise ArgumentTypeError(f"{word!r} is not a whole number above 0")
-    return int(word)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from toolkit.arguments import number, whole
 from toolkit.errors import ConfigError
 from toolkit.predict import find_model
-from toolkit.predict.command import add_model_arguments, count, given_options, silence_libraries
+from toolkit.predict.command import add_model_arguments, given_options, silence_libraries
 from toolkit.predict.kinds import check_options, load_answerer
 from toolkit.report import Console
 from toolkit.requirements import check_versions, optional
@@ -27,12 +28,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of a model that a run has saved")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=_port, default=8000, help="to listen on (default: 8000; 0: any that is free)")
     parser.add_argument(
-        "--wait", type=_milliseconds, metavar="MS", default=5.0, help="that a request waits for others (default: 5)"
+        "--port", type=whole(last=65535), default=8000, help="to listen on (default: 8000; 0: any that is free)"
     )
     parser.add_argument(
-        "--max-bytes", type=count, metavar="N", default=32 * 2**20, help="of a request (default: 33554432)"
+        "--wait", type=number(0, 10_000), metavar="MS", default=5.0, help="that a request waits for others (default: 5)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=whole(1), metavar="N", default=32 * 2**20, help="of a request (default: 33554432)"
     )
     add_model_arguments(parser)
 
@@ -78,19 +81,3 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"--host {host} --port {port}: {error.strerror}", "Name another port, or 0 for any that is free."
         ) from error
-
-
-def _port(word: str) -> int:
-    if not word.isdecimal() or int(word) > 65535:
-        raise ArgumentTypeError(f"{word!r} is no port from 0 to 65535")
-    return int(word)
-
-
-def _milliseconds(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 10_000:
-        raise ArgumentTypeError(f"{word!r} is not a number from 0 to 10000")
-    return value

@@ -10,7 +10,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,9 +20,9 @@ from toolkit.config import StrategyConfig
 from toolkit.data.loader import BatchShape
 from toolkit.errors import ConfigError
 from toolkit.optim import set_learning_rate
-from toolkit.precision import LossScaler, Precision, Reduced
+from toolkit.precision import LossScaler, Precision, Reduced, hold_reduced
 from toolkit.quantization import without_low_bits
-from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, whole
+from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, held_apart, put_back, whole
 from toolkit.world import World
 
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -72,7 +72,8 @@ class Strategy(ABC):
     """What `forward` calls: the wrapped model."""
     _training: bool | None = None
     left_out: frozenset[str] = frozenset()
-    """Names of frozen weights that no checkpoint holds: those who go on bring them along."""
+    """Names of frozen weights that no checkpoint holds: those who go on bring them along. Set before `setup`, which may
+    round them to the precision of a step."""
 
     def __init__(
         self,
@@ -183,8 +184,13 @@ class Strategy(ABC):
     def weights(self) -> dict[str, torch.Tensor]:
         """Full weights by the plain model's names, in fp32 on the CPU of rank 0, empty elsewhere. Collective.
 
-        Those of quantized layers are not among them.
+        Those of quantized layers are not among them, nor is what is `left_out`.
         """
+
+    def _to_save(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of a state dict."""
+        kept = without_low_bits(self.module, state)
+        return {name: tensor for name, tensor in kept.items() if name not in self.left_out}
 
     @abstractmethod
     def shards(self) -> dict[str, FlatShard]:
@@ -243,6 +249,8 @@ class TorchStrategy(Strategy):
 
     def setup(self, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
         """Wrap, then build the optimizer over the wrapped parameters."""
+        if self.precision.reduced:
+            hold_reduced(model, self.left_out, self.precision.dtype)
         self.model = self.wrap(model)
         self.optimizer = build_optimizer(self.model)
         self.scaler = LossScaler(self.precision.name == "fp16")
@@ -312,24 +320,28 @@ class TorchStrategy(Strategy):
         """A copy of the state dict."""
         if not self.world.main:
             return {}
-        state = without_low_bits(self.module, self.module.state_dict())
+        state = self._to_save(self.module.state_dict())
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def shards(self) -> dict[str, FlatShard]:
         """Parameter by parameter."""
         found = {}
-        trained = set(self._parameters)
+        groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        apart = held_apart(self.optimizer)
         for name, parameter in self.module.named_parameters():
-            found[f"weights/{name}"] = self._shard(parameter)
-            if parameter in trained:
-                state = adam_state(self.optimizer, parameter)
+            found[f"weights/{name}"] = weights = self._shard(parameter)
+            if parameter in groups:
+                state = adam_state(self.optimizer, parameter, groups[parameter])
                 found[f"step/{name}"] = whole(state["step"])
-                found |= {f"{moment}/{name}": self._shard(state[moment]) for moment in MOMENTS}
+                for moment in MOMENTS:
+                    held = replace(weights, data=state[moment], apart=True) if apart else self._shard(state[moment])
+                    found[f"{moment}/{name}"] = held
         found |= {f"buffers/{name}": whole(buffer) for name, buffer in persistent_buffers(self.module)}
         return {name: shard for name, shard in found.items() if shard.data.numel()}
 
     def loaded(self) -> None:
         """The reduced copies are of other weights."""
+        put_back(self.optimizer)
         self._weights_changed()
 
     def scaler_state(self) -> dict[str, float]:
@@ -347,6 +359,7 @@ class TorchStrategy(Strategy):
     def effective(self) -> dict[str, Any]:
         """Read from the parameters, the optimizer and the batches."""
         group = self.optimizer.param_groups[0]
+        frozen = (p for p in self.module.parameters() if not p.requires_grad)
         return {
             "strategy": self.name,
             "engine": type(self.model).__name__,
@@ -354,10 +367,12 @@ class TorchStrategy(Strategy):
             "device": str(self.world.device),
             "precision": self.precision.name,
             "parameter_dtype": str(self._parameters[0].dtype).removeprefix("torch."),
+            "frozen_dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in frozen}),
             "global_batch": self.shape.global_batch,
             "micro_batch": self.shape.micro_batch,
             "accumulation": self.shape.accumulation,
             "optimizer": type(self.optimizer).__name__,
+            "moment_bits": [group.get("bits", 32) for group in self.optimizer.param_groups],
             "betas": list(group["betas"]),
             "eps": group["eps"],
             "weight_decay": [group["weight_decay"] for group in self.optimizer.param_groups],

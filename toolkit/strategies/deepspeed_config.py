@@ -100,7 +100,7 @@ def engine_config(
         "train_micro_batch_size_per_gpu": shape.micro_batch,
         "gradient_accumulation_steps": shape.accumulation,
         "gradient_clipping": max_grad_norm or 0.0,
-        "bf16": {"enabled": precision.name == "bf16"},
+        "bf16": {"enabled": precision.dtype == torch.bfloat16},
         "fp16": {
             "enabled": precision.name == "fp16",
             "loss_scale": 0,  # dynamic
@@ -122,6 +122,7 @@ def engine_config(
     config["zero_optimization"] = _zero_section(config.get("zero_optimization", {}), path, stage, offload, device)
     config.setdefault("communication_data_type", "fp32")
     config.setdefault("zero_force_ds_cpu_optimizer", False)
+    config.setdefault("zero_allow_untested_optimizer", True)  # the parity tests cover those of recipes
     config.setdefault("steps_per_print", 2**31)
     return config
 

@@ -80,7 +80,8 @@ class DiLoCo(TorchStrategy):
         weights = [p.detach() for p in self._parameters]
         self._average(weights)
         for moment in MOMENTS:
-            self._average([adam_state(self.optimizer, p)[moment] for p in self._parameters])
+            groups = self.optimizer.param_groups
+            self._average([adam_state(self.optimizer, p, group)[moment] for group in groups for p in group["params"]])
         way: Any = torch._foreach_sub(self._met, weights)
         momentum, rate = self._outer_momentum, self._outer_lr
         torch._foreach_mul_(self._momentum, momentum)

@@ -24,7 +24,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from toolkit.errors import ConfigError
 from toolkit.models import repeated_blocks
-from toolkit.quantization import describe_quantization, without_low_bits
+from toolkit.quantization import describe_quantization
 from toolkit.strategies.base import Layout, TorchStrategy
 from toolkit.strategies.state import FlatShard, whole
 
@@ -85,7 +85,7 @@ class FSDP(TorchStrategy):
             return super().weights()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = dict(get_model_state_dict(self.module, options=options))
-        return without_low_bits(self.module, state)
+        return self._to_save(state)
 
     def shards(self) -> dict[str, FlatShard]:
         """Out of the DTensors; an evaluation leaves the root's parameters gathered, for no backward follows it."""

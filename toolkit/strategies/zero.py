@@ -13,11 +13,11 @@ from torch import nn
 from toolkit.errors import ConfigError
 from toolkit.models import repeated_blocks
 from toolkit.optim import set_learning_rate
-from toolkit.quantization import describe_quantization, without_low_bits
+from toolkit.quantization import describe_quantization
 from toolkit.strategies.base import BuildOptimizer, Layout, Strategy, Update, persistent_buffers
 from toolkit.strategies.deepspeed_config import engine_config
 from toolkit.strategies.deepspeed_library import import_deepspeed, quiet
-from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, whole
+from toolkit.strategies.state import MOMENTS, FlatShard, adam_state, held_apart, put_back, whole
 
 
 class Zero(Strategy):
@@ -59,8 +59,9 @@ class Zero(Strategy):
         config = self._engine_config()
         # DeepSpeed rounds the weights to the reduced precision before it copies its fp32 masters from them.
         masters = {n: p.detach() for n, p in model.named_parameters()} if self.precision.reduced else {}
-        # It keeps no master of what is frozen: a checkpoint gets the weights as they came.
-        self._frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+        # It keeps no master of what is frozen: a checkpoint that holds it gets the weights as they came.
+        named = ((n, p) for n, p in model.named_parameters() if n not in self.left_out)
+        self._frozen = {n: p.detach() for n, p in named if not p.requires_grad}
         if self.world.size == 1:
             self.world.form_group()
         with quiet():
@@ -116,7 +117,7 @@ class Zero(Strategy):
         deepspeed = import_deepspeed(self.world.device)
         state = {}
         parameters = dict(self.module.named_parameters())
-        for name, parameter in without_low_bits(self.module, parameters).items():
+        for name, parameter in self._to_save(parameters).items():
             full = self._frozen.get(name)  # DeepSpeed's own is rounded
             if full is None:
                 full = deepspeed.utils.safe_get_full_fp32_param(parameter)
@@ -139,6 +140,7 @@ class Zero(Strategy):
 
     def loaded(self) -> None:
         """Round the masters, and what is frozen, into the weights that forward and backward use."""
+        put_back(self.optimizer.optimizer)
         self._put_back_frozen()
         if self.stage != 3:
             self.optimizer.update_lp_params()
@@ -192,6 +194,7 @@ class Zero(Strategy):
             "micro_batch": engine.train_micro_batch_size_per_gpu(),
             "accumulation": engine.gradient_accumulation_steps(),
             "optimizer": f"{type(self.optimizer).__name__}({type(engine.basic_optimizer).__name__})",
+            "moment_bits": [group.get("bits", 32) for group in self.optimizer.param_groups],
             "betas": list(group["betas"]),
             "eps": group["eps"],
             "weight_decay": [group["weight_decay"] for group in self.optimizer.param_groups],
@@ -241,29 +244,32 @@ class Zero(Strategy):
         located = self._locate(parameter)
         if located is None:
             return {}
-        partition, offset, start, size, shape = located
-        state = adam_state(self.optimizer.optimizer, partition)
+        group, partition, offset, start, size, shape = located
+        state = adam_state(self.optimizer.optimizer, partition, self.optimizer.optimizer.param_groups[group])
         kinds = {"weights": partition} | {moment: state[moment] for moment in MOMENTS}
+        apart = held_apart(self.optimizer.optimizer)
         found = {
-            kind: FlatShard(flat.detach().view(-1).narrow(0, offset, size), start, shape)
+            kind: FlatShard(flat.detach().view(-1).narrow(0, offset, size), start, shape, apart and kind in MOMENTS)
             for kind, flat in kinds.items()
         }
         return found | {"step": whole(state["step"])}
 
-    def _locate(self, parameter: Any) -> tuple[torch.Tensor, int, int, int, tuple[int, ...]] | None:
-        """Partition, offset in it, start in the parameter, elements, and the parameter's shape."""
+    def _locate(self, parameter: Any) -> tuple[int, torch.Tensor, int, int, int, tuple[int, ...]] | None:
+        """Number of the group, partition, offset in it, start in the parameter, elements, and the parameter's shape."""
         if self.stage != 3:
             mapping = parameter._hp_mapping
             if mapping is None:
                 return None
             partition = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             held, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-            return partition, here.start, held.start, held.numel, tuple(parameter.shape)
+            return mapping.param_group_index, partition, here.start, held.start, held.numel, tuple(parameter.shape)
         group, offset, share = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         start = share * self.world.rank
         size = min(share, parameter.ds_numel - start)  # the last share is padded
         partition = self.optimizer.fp32_partitioned_groups_flat[group]
-        return (partition, offset, start, size, tuple(parameter.ds_shape)) if size > 0 else None
+        if size <= 0:
+            return None
+        return self.optimizer.sub_group_to_group_id[group], partition, offset, start, size, tuple(parameter.ds_shape)
 
     def _engine_config(self) -> dict[str, Any]:
         return engine_config(
