@@ -271,3 +271,13 @@ def test_the_files_are_safetensors(tmp_path: Path) -> None:
     into = {key: FlatShard(torch.zeros_like(shard.data), 0, (5,)) for key, shard in shards.items()}
     read_tensors(tmp_path, into)
     assert all(torch.equal(into[key].data, shard.data) for key, shard in shards.items())
+
+
+def test_a_folder_that_was_taken_away_is_not_made_again(tmp_path: Path) -> None:
+    """A start that took over has put it in quarantine, while the process that writes to it was stopped."""
+    from toolkit.checkpoint.tensors import write_tensors
+    from toolkit.strategies.state import FlatShard
+
+    with pytest.raises(FileNotFoundError):
+        write_tensors(tmp_path / "gone", {"weights": FlatShard(torch.ones(5), 0, (5,))}, 0)
+    assert not (tmp_path / "gone").exists()

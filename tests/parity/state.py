@@ -66,6 +66,7 @@ def pass_on(stage: Stage, source: str, target: str) -> list[float]:
     group, shards = dist.new_group(backend="gloo") if w.size > 1 else None, strategy.shards()
     share = own_share(shards, group)
     copies = {name: FlatShard(shards[name].data.clone(), shards[name].start, shards[name].shape) for name in share}
+    Path(target).mkdir(parents=True, exist_ok=True)
     write_tensors(Path(target), copies, w.rank)
     strategy.teardown()
     w.close()

@@ -70,7 +70,7 @@ def write_tensors(folder: Path, shards: Mapping[str, FlatShard], rank: int) -> d
     still, because it holds the interpreter's lock while it does.
 
     Args:
-        folder: to be; all ranks write to the same.
+        folder: all ranks write to the same. One that another start has taken away meanwhile is not made again.
         shards: in the memory of the CPU and apart from each other; of what several ranks hold, see `own_share`.
         rank: names the file.
 
@@ -79,7 +79,6 @@ def write_tensors(folder: Path, shards: Mapping[str, FlatShard], rank: int) -> d
     """
     if not shards:
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"shard_{rank + 1:05d}.safetensors"
     return {path.name: write_file(path, *_safetensors(shards))}
 
