@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 
 from toolkit.errors import CheckpointError
 
-_WRITING = ".writing_"
-
+ASIDE = ".writing_"
+"""How the names of folders begin that are being written."""
 
 Guard = Callable[[], None]
 """Called before something is published; raises where it must not be."""
@@ -161,14 +161,14 @@ def remove_asides(folder: Path, name: str = "") -> None:
     """Remove what is written aside in `folder`, or was when a kill came: all of it, or what was to become `name`."""
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name.startswith(f"{_WRITING}{name}~" if name else _WRITING) and "~" in path.name:
+            if path.name.startswith(f"{ASIDE}{name}~" if name else ASIDE) and "~" in path.name:
                 _remove(path)
 
 
 def _aside(target: Path) -> Path:
     """A name that no other process has: whoever was stopped while it wrote, and wakes up, must not write to ours."""
     remove_asides(target.parent, target.name)
-    return target.with_name(f"{_WRITING}{target.name}~{uuid.uuid4().hex[:8]}")
+    return target.with_name(f"{ASIDE}{target.name}~{uuid.uuid4().hex[:8]}")
 
 
 def _finish(folder: Path) -> None:

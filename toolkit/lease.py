@@ -9,8 +9,6 @@ Taking is creating a file that must not be there. Then the taker replaces what t
 written aside and not yet renamed. A writer checks its lease when it has opened what it appends to, and before it
 renames what it has written aside. Whatever the moment at which it was stopped: it writes to a file that is no longer
 the run's, renames one that is gone, or finds that it is fenced.
-
-Standard library only.
 """
 
 from __future__ import annotations
@@ -26,9 +24,7 @@ from typing import Any
 
 from toolkit.environment import Job
 from toolkit.errors import CheckpointError, FencedError
-from toolkit.folders import Guard as Guard
 from toolkit.folders import remove_asides
-from toolkit.folders import unguarded as unguarded
 
 FOLDER = ".lease"
 

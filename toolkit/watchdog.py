@@ -38,7 +38,7 @@ import psutil
 
 from toolkit.environment import report_exit_code
 from toolkit.errors import RESUMABLE_EXIT_CODE, USER_ERROR_EXIT_CODE, FencedError
-from toolkit.lease import Guard, unguarded
+from toolkit.folders import Guard, unguarded
 
 WINDOW = 200  # durations that are kept for each phase
 ENOUGH = 5  # of them say what is usual; the first ones compile

@@ -13,8 +13,8 @@ from toolkit.checkpoint.attempts import Attempts
 from toolkit.checkpoint.store import Store
 from toolkit.environment import Job
 from toolkit.errors import CheckpointError, FencedError
-from toolkit.folders import run_lock, unguarded, written_aside
-from toolkit.lease import FOLDER, Guard, Lease, break_lock, newest_lease, take
+from toolkit.folders import Guard, run_lock, unguarded, written_aside
+from toolkit.lease import FOLDER, Lease, break_lock, newest_lease, take
 from toolkit.report import RunFolder
 
 FIRST, SECOND = Job("12", 0), Job("12", 1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.lines import append, changed, last_line, read_lines
-from toolkit.lease import Guard, unguarded
+from toolkit.folders import Guard, unguarded
 
 KILLED, RUNNING, REWOUND = "killed", "running", "rewound"
 CRASHES = (KILLED, "failed")

@@ -18,8 +18,7 @@ from toolkit.checkpoint.attempts import ledger_folder
 from toolkit.checkpoint.lines import writing
 from toolkit.checkpoint.manifest import write_file
 from toolkit.errors import CheckpointError
-from toolkit.folders import sync_folder
-from toolkit.lease import Guard, unguarded
+from toolkit.folders import Guard, sync_folder, unguarded
 
 PLAN = "plan.json"
 IDS = "ids.safetensors"

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from toolkit.errors import CheckpointError
-from toolkit.folders import sync_folder
-from toolkit.lease import Guard, unguarded
+from toolkit.folders import Guard, sync_folder, unguarded
 
 BLOCK = 1 << 16
 

@@ -16,8 +16,9 @@ from threading import Event
 from typing import Any
 
 from toolkit.checkpoint.manifest import DIGEST, MANIFEST, Damaged, State, Verdict, check_files, read_manifest
-from toolkit.checkpoint.store import ASIDE, QUARANTINE, Store
+from toolkit.checkpoint.store import QUARANTINE, Store
 from toolkit.errors import CheckpointError, ConfigError, nearest
+from toolkit.folders import ASIDE
 
 Advance = Callable[[int], None]
 

@@ -26,10 +26,8 @@ from toolkit.checkpoint.manifest import (
     write_manifest,
 )
 from toolkit.errors import CheckpointError
-from toolkit.folders import sync_folder
-from toolkit.lease import Guard, unguarded
+from toolkit.folders import ASIDE, Guard, sync_folder, unguarded
 
-ASIDE = ".writing_"
 REMOVING = ".removing_"
 POINTER = "latest.json"
 QUARANTINE = "quarantine"

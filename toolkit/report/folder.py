@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 from toolkit.errors import CheckpointError, FencedError
-from toolkit.lease import Guard, unguarded
+from toolkit.folders import Guard, unguarded
 
 REDACTED = "REDACTED"
 
